@@ -1,0 +1,1 @@
+//! Avro: schemas as Debezium writes them, the plan compiled per relation, decoding.

@@ -1,0 +1,231 @@
+//! What a running connector is given, and how it tells of itself.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
+
+use parking::Mutex;
+use serde::Serialize;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::datastore::Datastore;
+use crate::log::Log;
+use crate::registry::Registry;
+
+/// Everything a connector may use. Cheap to clone.
+#[derive(Clone)]
+pub struct ConnectorContext {
+    pub name: Arc<str>,
+    pub log: Arc<dyn Log>,
+    pub registry: Arc<dyn Registry>,
+    pub datastore: Datastore,
+    pub control: Control,
+    pub status: Arc<Status>,
+}
+
+/// What the worker wants of a connector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Signal {
+    Run,
+    Pause,
+    /// Drain what is in flight, then return.
+    Stop,
+}
+
+/// The connector's end of its leash.
+#[derive(Clone)]
+pub struct Control {
+    signal: watch::Receiver<Signal>,
+    /// Cancelled when draining has taken too long: drop everything at once.
+    pub abort: CancellationToken,
+}
+
+impl Control {
+    pub fn new(signal: watch::Receiver<Signal>, abort: CancellationToken) -> Self {
+        Control { signal, abort }
+    }
+
+    pub fn signal(&self) -> Signal {
+        *self.signal.borrow()
+    }
+
+    /// Waits until the signal is another than `seen`; a worker that is gone counts as `Stop`.
+    pub async fn changed_from(&mut self, seen: Signal) -> Signal {
+        match self.signal.wait_for(|signal| *signal != seen).await {
+            Ok(signal) => *signal,
+            Err(_) => Signal::Stop,
+        }
+    }
+
+    /// Sleeps, but not past a signal other than `Run`.
+    pub async fn sleep(&mut self, time: Duration) {
+        let _ = tokio::time::timeout(time, self.changed_from(Signal::Run)).await;
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum ConnectorState {
+    Starting,
+    /// Reading the initial snapshot.
+    Snapshot,
+    Running,
+    Paused,
+    /// The other side is away; waiting behind the breaker.
+    Waiting,
+    /// Needs a person.
+    Failed,
+    Stopped,
+}
+
+/// What became of a batch's records.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Counts {
+    pub applied: u64,
+    pub skipped: u64,
+    pub rejected: u64,
+    pub waiting: u64,
+    pub bytes: u64,
+}
+
+impl std::ops::AddAssign for Counts {
+    fn add_assign(&mut self, more: Self) {
+        self.applied += more.applied;
+        self.skipped += more.skipped;
+        self.rejected += more.rejected;
+        self.waiting += more.waiting;
+        self.bytes += more.bytes;
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Lag {
+    pub bytes: Option<u64>,
+    pub seconds: Option<f64>,
+    pub events: Option<u64>,
+}
+
+/// What a connector tells of itself; read by `status`, `/metrics` and health.
+#[derive(Default)]
+pub struct Status {
+    applied: AtomicU64,
+    skipped: AtomicU64,
+    rejected: AtomicU64,
+    waiting: AtomicU64,
+    bytes: AtomicU64,
+    inside: Mutex<Inside>,
+}
+
+#[derive(Default)]
+struct Inside {
+    state: Option<ConnectorState>,
+    last_error: Option<(SystemTime, String)>,
+    lag: Lag,
+    progress: Option<String>,
+    facts: BTreeMap<String, serde_json::Value>,
+}
+
+impl Status {
+    pub fn add(&self, counts: Counts) {
+        self.applied.fetch_add(counts.applied, Ordering::Relaxed);
+        self.skipped.fetch_add(counts.skipped, Ordering::Relaxed);
+        self.rejected.fetch_add(counts.rejected, Ordering::Relaxed);
+        self.waiting.fetch_add(counts.waiting, Ordering::Relaxed);
+        self.bytes.fetch_add(counts.bytes, Ordering::Relaxed);
+    }
+
+    pub fn counts(&self) -> Counts {
+        Counts {
+            applied: self.applied.load(Ordering::Relaxed),
+            skipped: self.skipped.load(Ordering::Relaxed),
+            rejected: self.rejected.load(Ordering::Relaxed),
+            waiting: self.waiting.load(Ordering::Relaxed),
+            bytes: self.bytes.load(Ordering::Relaxed),
+        }
+    }
+
+    pub fn set_state(&self, state: ConnectorState) {
+        self.inside.lock().state = Some(state);
+    }
+
+    pub fn state(&self) -> ConnectorState {
+        self.inside.lock().state.unwrap_or(ConnectorState::Starting)
+    }
+
+    pub fn set_error(&self, message: impl Into<String>) {
+        self.inside.lock().last_error = Some((SystemTime::now(), message.into()));
+    }
+
+    pub fn clear_error(&self) {
+        self.inside.lock().last_error = None;
+    }
+
+    pub fn last_error(&self) -> Option<(SystemTime, String)> {
+        self.inside.lock().last_error.clone()
+    }
+
+    pub fn set_lag(&self, lag: Lag) {
+        self.inside.lock().lag = lag;
+    }
+
+    pub fn lag(&self) -> Lag {
+        self.inside.lock().lag
+    }
+
+    /// One line on long work (rows, rate, time left); `None` when it is over.
+    pub fn set_progress(&self, progress: Option<String>) {
+        self.inside.lock().progress = progress;
+    }
+
+    pub fn progress(&self) -> Option<String> {
+        self.inside.lock().progress.clone()
+    }
+
+    /// A fact of this kind of connector, shown in `status` as it stands (slot, cursor, breaker …).
+    pub fn set_fact(&self, name: &str, value: impl Into<serde_json::Value>) {
+        self.inside.lock().facts.insert(name.to_owned(), value.into());
+    }
+
+    pub fn facts(&self) -> BTreeMap<String, serde_json::Value> {
+        self.inside.lock().facts.clone()
+    }
+}
+
+/// What starting a connector would create or change.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Plan {
+    pub steps: Vec<PlanStep>,
+    /// Statements only a DBA may run, in order.
+    pub dba_sql: Vec<String>,
+    /// What keeps the connector from working, until the DBA has run them.
+    pub problems: Vec<String>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct PlanStep {
+    /// `create`, `change`, `keep`, `drop`.
+    pub action: &'static str,
+    /// `slot`, `publication`, `topic`, `subject`, `table`, `group`.
+    pub what: &'static str,
+    pub name: String,
+    pub detail: Option<String>,
+}
+
+mod parking {
+    //! A mutex that a panic elsewhere does not poison: what it guards is only told, never decided on.
+    pub struct Mutex<T>(std::sync::Mutex<T>);
+
+    impl<T: Default> Default for Mutex<T> {
+        fn default() -> Self {
+            Mutex(std::sync::Mutex::new(T::default()))
+        }
+    }
+
+    impl<T> Mutex<T> {
+        pub fn lock(&self) -> std::sync::MutexGuard<'_, T> {
+            self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! What Tidegate speaks with PostgreSQL below SQL: the replication protocol, pgoutput, slots, snapshots.

@@ -1,0 +1,1 @@
+//! The worker over HTTP: health, metrics, status, the registry.

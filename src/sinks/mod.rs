@@ -1,0 +1,1 @@
+//! Where batches go: the log, the datastore, a system over HTTP.

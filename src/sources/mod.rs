@@ -1,0 +1,1 @@
+//! Where batches come from: the WAL, a system over HTTP, the log.

@@ -1,0 +1,1 @@
+//! Pure decisions of two-way sync, without I/O: what to send, hold, merge.

@@ -1,0 +1,19 @@
+//! Tests by behaviour, on real servers that they start themselves.
+
+mod capture;
+mod cli;
+mod config;
+mod crash;
+mod delivery;
+mod echo;
+mod faults;
+mod first_run;
+mod golden;
+mod imports;
+mod kafka;
+mod log_conformance;
+mod pull;
+mod registry;
+mod support;
+mod types;
+mod worker;

@@ -1,0 +1,1 @@
+//! Real servers for the tests: started on free ports, ended by id when the test process ends.
