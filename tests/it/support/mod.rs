@@ -1,1 +1,12 @@
-//! Real servers for the tests: started on free ports, ended by id when the test process ends.
+//! Real servers for the tests: started on free ports of 127.0.0.1, ended when the test process ends for whatever reason.
+//!
+//! [`process`] keeps that promise; the files beside it know one server each.
+#![allow(dead_code, unused_imports)] // each test file takes what it needs
+
+pub mod postgres;
+pub mod process;
+pub mod wait;
+
+pub use postgres::{Database, Postgres, Version};
+pub use process::{Launch, Process, tidegate};
+pub use wait::eventually;
