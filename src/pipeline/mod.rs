@@ -5,14 +5,18 @@
 //! The invariant: [`Source::acknowledge`] is called for a batch only after [`Destination::write`]'s future for it
 //! and for all batches before it has resolved well.
 
+pub mod backoff;
 mod context;
+mod drive;
 mod fault;
+mod meters;
 
 use std::pin::Pin;
 
 use async_trait::async_trait;
 
 pub use context::{ConnectorContext, ConnectorState, Control, Counts, Lag, Plan, PlanStep, Signal, Status};
+pub use drive::run;
 pub use fault::{Fault, FaultKind};
 
 /// Where batches come from.
@@ -28,13 +32,16 @@ pub trait Source: Send {
     /// Everything up to and with this batch is durable on the other side.
     async fn acknowledge(&mut self, mark: Self::Mark) -> Result<(), Fault>;
 
-    /// Goes back to what is durable; called after a fault and before `next` is called again.
+    /// Goes back to what is durable; called after a fault on either side and before `next` is called again. May be
+    /// dropped at its await, after which only `close` is called.
     async fn restart(&mut self) -> Result<(), Fault>;
 
-    /// Called about once a second and while paused, so that connections stay alive and lag is known.
+    /// Called about once a second, so that connections stay alive and lag is known. `paused`: `next` is not going
+    /// to be called for now, because of a pause, or because the destination is away or stuck. Not called between
+    /// a fault of the source and its restart.
     async fn tick(&mut self, paused: bool) -> Result<(), Fault>;
 
-    /// Says goodbye; all that was written has been acknowledged.
+    /// Says goodbye; nothing is in flight any more. Also called after a fault that stops the connector.
     async fn close(&mut self) -> Result<(), Fault>;
 }
 
@@ -50,7 +57,8 @@ pub struct Batch<T, M> {
 pub trait Destination: Send {
     type Batch: Send + 'static;
 
-    /// Takes the batch (*accepted*); the future resolves when it is *durable* there, or parked.
+    /// Takes the batch (*accepted*); the future resolves when it is *durable* there, or parked. May be dropped at
+    /// its await after a fault, and is then followed by `restart`.
     async fn write(&mut self, batch: Self::Batch) -> Result<Written, Fault>;
 
     /// Batches that may be accepted and not yet durable, at the most.
