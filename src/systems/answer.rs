@@ -108,16 +108,29 @@ fn pairs(pairs: &[(String, String)]) -> Value {
 pub enum Answer {
     Applied(HttpResponse),
     /// This record is bad: the same request would be refused again.
-    Rejected { response: HttpResponse, reason: String },
+    Rejected {
+        response: HttpResponse,
+        reason: String,
+    },
     /// Not applied, passing: try again. Where `response` is there, the record itself may be the cause, and after
     /// the tries allowed it is to be rejected with it; without one the system is busy (429, its budget used up)
     /// and tries are not counted.
-    Retry { after: Option<Duration>, response: Option<HttpResponse>, reason: String },
+    Retry {
+        after: Option<Duration>,
+        response: Option<HttpResponse>,
+        reason: String,
+    },
     /// The system is down: wait for [`System::wait_available`](super::System::wait_available). `maybe_applied` is
     /// true where a gateway answered for the system (502, 504), so that the request may have gone through.
-    Unavailable { after: Option<Duration>, reason: String, maybe_applied: bool },
+    Unavailable {
+        after: Option<Duration>,
+        reason: String,
+        maybe_applied: bool,
+    },
     /// The request was sent and no answer came: it may or may not have been applied. Never given for a safe method.
-    Uncertain { reason: String },
+    Uncertain {
+        reason: String,
+    },
 }
 
 impl Answer {
