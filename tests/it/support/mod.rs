@@ -3,10 +3,18 @@
 //! [`process`] keeps that promise; the files beside it know one server each.
 #![allow(dead_code, unused_imports)] // each test file takes what it needs
 
+pub mod apicurio;
+pub mod http;
+pub mod kafka;
 pub mod postgres;
 pub mod process;
+pub mod python;
 pub mod wait;
 
+pub use apicurio::Apicurio;
+pub use http::http;
+pub use kafka::Kafka;
 pub use postgres::{Database, Postgres, Version};
 pub use process::{Launch, Process, tidegate};
+pub use python::python;
 pub use wait::eventually;
