@@ -10,6 +10,13 @@ use std::sync::Arc;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct TopicSlot(u32);
 
+impl TopicSlot {
+    /// Index into [`RecordBatch::topics`].
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
 /// Headers written once into a batch and shared by any number of its records.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HeaderSet(Range<u32>);

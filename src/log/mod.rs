@@ -9,6 +9,9 @@
 //! * A group that has no offset yet starts at the beginning. An offset that retention has removed is an error
 //!   ([`LogError::OutOfRange`]), never silently the latest (CORRECTNESS 10).
 
+pub mod embedded;
+mod partitioner;
+
 use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -17,6 +20,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 
+pub use self::embedded::{EmbeddedLog, EmbeddedSettings};
+pub use self::partitioner::{murmur2, partition_of};
 use crate::event::{Offset, RecordBatch, TopicPartition};
 
 #[async_trait]
