@@ -8,6 +8,7 @@ pub mod http;
 pub mod kafka;
 pub mod postgres;
 pub mod process;
+pub mod proxy;
 pub mod python;
 pub mod wait;
 
@@ -16,5 +17,6 @@ pub use http::http;
 pub use kafka::Kafka;
 pub use postgres::{Database, Postgres, Version};
 pub use process::{Launch, Process, tidegate};
+pub use proxy::{Fault, Proxy, Script};
 pub use python::python;
 pub use wait::eventually;
