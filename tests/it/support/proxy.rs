@@ -346,7 +346,8 @@ async fn read(stream: &mut BufReader<TcpStream>, is_answer: bool) -> io::Result<
             headers.push((name.to_owned(), value.trim().to_owned()));
         }
     }
-    let header = |wanted: &str| headers.iter().find(|(name, _)| name.eq_ignore_ascii_case(wanted)).map(|(_, value)| value);
+    let header =
+        |wanted: &str| headers.iter().find(|(name, _)| name.eq_ignore_ascii_case(wanted)).map(|(_, value)| value);
     let mut body = Vec::new();
     if header("transfer-encoding").is_some_and(|coding| coding.eq_ignore_ascii_case("chunked")) {
         loop {
