@@ -1,0 +1,341 @@
+//! Records that were rejected, wait for another row's link, or stand behind one of those, in order per key.
+//!
+//! A record is parked before its offset is committed (CORRECTNESS 17). The first of a key's queue says why; those
+//! behind it wait for their turn. People and the command line only set a command; the connector that owns the
+//! record's partition executes it.
+
+use std::time::SystemTime;
+
+use deadpool_postgres::GenericClient;
+use serde::Serialize;
+use serde_json::Value;
+use tokio_postgres::Row;
+
+use super::DatastoreError;
+use crate::event::Offset;
+use crate::log::ConsumedRecord;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ParkedKind {
+    Rejected,
+    /// For another row's link.
+    Waiting,
+    /// For the first of its key's queue.
+    Behind,
+}
+
+impl ParkedKind {
+    fn text(self) -> &'static str {
+        match self {
+            ParkedKind::Rejected => "rejected",
+            ParkedKind::Waiting => "waiting",
+            ParkedKind::Behind => "behind",
+        }
+    }
+
+    fn parse(text: &str) -> Self {
+        match text {
+            "waiting" => ParkedKind::Waiting,
+            "behind" => ParkedKind::Behind,
+            _ => ParkedKind::Rejected,
+        }
+    }
+}
+
+/// What a person asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Command {
+    Replay,
+    Drop,
+}
+
+/// Why a record is parked.
+#[derive(Clone, Debug)]
+pub struct NewParked {
+    pub kind: ParkedKind,
+    /// The link waited for: system, object, key.
+    pub waits_for: Option<(String, String, Value)>,
+    pub reason: String,
+    pub request: Option<Value>,
+    pub response: Option<Value>,
+    /// Seconds from now until waiting becomes a dead letter.
+    pub deadline_s: Option<f64>,
+}
+
+/// A parked record without its bytes.
+#[derive(Clone, Debug, Serialize)]
+pub struct ParkedSummary {
+    pub connector: String,
+    pub topic: String,
+    pub partition: i32,
+    pub offset: i64,
+    pub key: Value,
+    pub kind: ParkedKind,
+    pub waits_for: Option<Value>,
+    pub reason: String,
+    pub request: Option<Value>,
+    pub response: Option<Value>,
+    pub attempts: i32,
+    /// RFC 3339.
+    pub parked_at: String,
+    pub command: Option<Command>,
+}
+
+#[derive(Clone, Debug)]
+pub struct Parked {
+    pub summary: ParkedSummary,
+    /// When waiting ends.
+    pub deadline: Option<SystemTime>,
+    /// The link waited for is there.
+    pub satisfied: bool,
+    /// As it was read from the log; headers included.
+    pub record: ConsumedRecord,
+}
+
+const SUMMARY: &str = "p.connector, p.topic, p.partition, p.\"offset\", p.key, p.kind, p.waits_system, p.waits_object, \
+     p.waits_key, p.reason, p.request, p.response, p.attempts, \
+     to_char(p.parked_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), p.command";
+/// True when the link that `p` waits for has a counterpart.
+const SATISFIED: &str = "(p.waits_key IS NOT NULL AND EXISTS (SELECT FROM tidegate.links l WHERE l.system = p.waits_system \
+     AND l.object = p.waits_object AND l.external_id IS NOT NULL AND l.intent IS NULL AND NOT l.deleted AND \
+     (CASE WHEN jsonb_typeof(p.waits_key) = 'object' THEN l.local_key = p.waits_key \
+      ELSE l.key_values = jsonb_build_array(p.waits_key) END)))";
+
+fn summary(row: &Row) -> ParkedSummary {
+    let kind: String = row.get(5);
+    let waits: (Option<String>, Option<String>, Option<Value>) = (row.get(6), row.get(7), row.get(8));
+    let command: Option<String> = row.get(14);
+    ParkedSummary {
+        connector: row.get(0),
+        topic: row.get(1),
+        partition: row.get(2),
+        offset: row.get(3),
+        key: row.get(4),
+        kind: ParkedKind::parse(&kind),
+        waits_for: waits.2.map(|key| serde_json::json!({"system": waits.0, "object": waits.1, "key": key})),
+        reason: row.get(9),
+        request: row.get(10),
+        response: row.get(11),
+        attempts: row.get(12),
+        parked_at: row.get(13),
+        command: command.map(|text| if text == "drop" { Command::Drop } else { Command::Replay }),
+    }
+}
+
+fn parked(row: &Row) -> Parked {
+    let summary = summary(row);
+    let headers: Option<Value> = row.get(17);
+    let headers = headers.as_ref().and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let bytes = |column: usize| row.get::<_, Option<Vec<u8>>>(column).map(Into::into);
+    let record = ConsumedRecord {
+        topic: summary.topic.as_str().into(),
+        partition: summary.partition,
+        offset: Offset(summary.offset),
+        timestamp_ms: 0,
+        key: bytes(15),
+        value: bytes(16),
+        headers: headers
+            .iter()
+            .filter_map(|pair| Some((pair.get(0)?.as_str()?.into(), unhex(pair.get(1)?.as_str()?)?.into())))
+            .collect(),
+    };
+    Parked { deadline: row.get(18), satisfied: row.get(19), record, summary }
+}
+
+/// Parks a record of `connector` at the end of its key's queue; parking the same record again changes why.
+pub async fn park<C: GenericClient>(
+    transaction: &C,
+    connector: &str,
+    key: &Value,
+    record: &ConsumedRecord,
+    why: &NewParked,
+) -> Result<(), DatastoreError> {
+    let headers: Vec<Value> =
+        record.headers.iter().map(|(name, value)| serde_json::json!([name.as_ref(), hex(value)])).collect();
+    let (system, object, waits_key) = match &why.waits_for {
+        Some((system, object, key)) => (Some(system), Some(object), Some(key)),
+        None => (None, None, None),
+    };
+    let insert = transaction
+        .prepare_cached(
+            "INSERT INTO tidegate.parked AS p (connector, topic, \"partition\", \"offset\", key, kind, waits_system, \
+                 waits_object, waits_key, reason, request, response, deadline, record_key, record_value, headers) \
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, \
+                 now() + make_interval(secs => $13::float8), $14, $15, $16) \
+             ON CONFLICT (connector, topic, \"partition\", \"offset\") DO UPDATE SET kind = excluded.kind, \
+                 waits_system = excluded.waits_system, waits_object = excluded.waits_object, \
+                 waits_key = excluded.waits_key, reason = excluded.reason, request = excluded.request, \
+                 response = excluded.response, attempts = p.attempts + 1, command = NULL, \
+                 deadline = CASE WHEN excluded.deadline IS NULL THEN NULL \
+                     ELSE coalesce(p.deadline, excluded.deadline) END",
+        )
+        .await?;
+    transaction
+        .execute(
+            &insert,
+            &[
+                &connector,
+                &record.topic.as_ref(),
+                &record.partition,
+                &record.offset.0,
+                key,
+                &why.kind.text(),
+                &system,
+                &object,
+                &waits_key,
+                &why.reason,
+                &why.request,
+                &why.response,
+                &why.deadline_s,
+                &record.key.as_deref(),
+                &record.value.as_deref(),
+                &Value::Array(headers),
+            ],
+        )
+        .await?;
+    Ok(())
+}
+
+/// True when the key has a queue, so that a later record of it must stand behind. The record itself does not
+/// count: it may have been parked by an earlier attempt.
+pub async fn is_parked<C: GenericClient>(
+    client: &C,
+    connector: &str,
+    key: &Value,
+    record: &ConsumedRecord,
+) -> Result<bool, DatastoreError> {
+    let select = client
+        .prepare_cached(
+            "SELECT EXISTS (SELECT FROM tidegate.parked WHERE connector = $1 AND key = $2 \
+             AND NOT (topic = $3 AND \"partition\" = $4 AND \"offset\" = $5))",
+        )
+        .await?;
+    let topic = record.topic.as_ref();
+    Ok(client.query_one(&select, &[&connector, key, &topic, &record.partition, &record.offset.0]).await?.get(0))
+}
+
+/// Heads of queues that may be tried now: told to, their link is there, their time is up, or nothing is before
+/// them any more. At most `limit`, oldest first.
+pub async fn parked_ready<C: GenericClient>(
+    client: &C,
+    connector: &str,
+    limit: i64,
+) -> Result<Vec<Parked>, DatastoreError> {
+    let select = client
+        .prepare_cached(&format!(
+            "SELECT {SUMMARY}, p.record_key, p.record_value, p.headers, p.deadline, {SATISFIED} \
+             FROM tidegate.parked p WHERE p.connector = $1 \
+               AND (p.command IS NOT NULL OR p.kind = 'behind' OR (p.kind = 'waiting' AND ({SATISFIED} OR p.deadline < now()))) \
+               AND (p.command = 'drop' OR NOT EXISTS (SELECT FROM tidegate.parked b WHERE b.connector = p.connector \
+                    AND b.key = p.key AND b.seq < p.seq)) \
+             ORDER BY p.seq LIMIT $2"
+        ))
+        .await?;
+    Ok(client.query(&select, &[&connector, &limit]).await?.iter().map(parked).collect())
+}
+
+/// How many are parked, by connector and kind.
+pub async fn parked_counts<C: GenericClient>(client: &C) -> Result<Vec<(String, ParkedKind, i64)>, DatastoreError> {
+    let rows = client
+        .query("SELECT connector, kind, count(*) FROM tidegate.parked GROUP BY connector, kind ORDER BY 1, 2", &[])
+        .await?;
+    Ok(rows.iter().map(|row| (row.get(0), ParkedKind::parse(row.get(1)), row.get(2))).collect())
+}
+
+/// Takes the record out of its queue.
+pub async fn unpark<C: GenericClient>(
+    transaction: &C,
+    connector: &str,
+    record: &ConsumedRecord,
+) -> Result<(), DatastoreError> {
+    let delete = transaction
+        .prepare_cached(
+            "DELETE FROM tidegate.parked WHERE connector = $1 AND topic = $2 AND \"partition\" = $3 AND \"offset\" = $4",
+        )
+        .await?;
+    transaction
+        .execute(&delete, &[&connector, &record.topic.as_ref(), &record.partition, &record.offset.0])
+        .await?;
+    Ok(())
+}
+
+/// Parked records for people, oldest first; of one connector or all.
+pub async fn list_parked<C: GenericClient>(
+    client: &C,
+    connector: Option<&str>,
+    limit: i64,
+) -> Result<Vec<ParkedSummary>, DatastoreError> {
+    let rows = client
+        .query(
+            &format!(
+                "SELECT {SUMMARY} FROM tidegate.parked p WHERE $1::text IS NULL OR p.connector = $1 \
+                 ORDER BY p.seq LIMIT $2"
+            ),
+            &[&connector, &limit],
+        )
+        .await?;
+    Ok(rows.iter().map(summary).collect())
+}
+
+/// One parked record, with its bytes.
+pub async fn show_parked<C: GenericClient>(
+    client: &C,
+    connector: &str,
+    topic: &str,
+    partition: i32,
+    offset: i64,
+) -> Result<Option<Parked>, DatastoreError> {
+    let row = client
+        .query_opt(
+            &format!(
+                "SELECT {SUMMARY}, p.record_key, p.record_value, p.headers, p.deadline, {SATISFIED} \
+                 FROM tidegate.parked p WHERE p.connector = $1 AND p.topic = $2 AND p.partition = $3 AND p.\"offset\" = $4"
+            ),
+            &[&connector, &topic, &partition, &offset],
+        )
+        .await?;
+    Ok(row.as_ref().map(parked))
+}
+
+/// Asks the owner of the records to replay or drop them: one record where it is named, else all of the
+/// connector that are not just standing behind another. Returns how many were asked for.
+pub async fn command_parked<C: GenericClient>(
+    client: &C,
+    connector: &str,
+    record: Option<(&str, i32, i64)>,
+    command: Command,
+) -> Result<u64, DatastoreError> {
+    let text = match command {
+        Command::Replay => "replay",
+        Command::Drop => "drop",
+    };
+    let (topic, partition, offset) = match record {
+        Some((topic, partition, offset)) => (Some(topic), Some(partition), Some(offset)),
+        None => (None, None, None),
+    };
+    Ok(client
+        .execute(
+            "UPDATE tidegate.parked SET command = $2 WHERE connector = $1 \
+             AND CASE WHEN $3::text IS NULL THEN kind <> 'behind' OR $2 = 'drop' \
+                 ELSE topic = $3 AND \"partition\" = $4::int AND \"offset\" = $5::bigint END",
+            &[&connector, &text, &topic, &partition, &offset],
+        )
+        .await?)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+fn unhex(text: &str) -> Option<Vec<u8>> {
+    if !text.is_ascii() || text.len() % 2 != 0 {
+        return None;
+    }
+    (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).ok()).collect()
+}

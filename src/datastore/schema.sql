@@ -1,0 +1,77 @@
+-- Version 1 of Tidegate's own tables. Run by the worker, or by a DBA where the worker's role may not create them.
+CREATE TABLE tidegate.links (
+    system         text NOT NULL,
+    object         text NOT NULL,
+    table_name     text NOT NULL,
+    local_key      jsonb NOT NULL CHECK (jsonb_typeof(local_key) = 'object'),
+    key_values     jsonb NOT NULL GENERATED ALWAYS AS (jsonb_path_query_array(local_key, '$.*')) STORED,
+    external_id    text,
+    external_json  json,
+    base_doc       json,
+    base_remote    json,
+    remote_version text,
+    kept           json,
+    intent         json,
+    step           int NOT NULL DEFAULT 0,
+    pushed_seq     bigint NOT NULL DEFAULT 0,
+    flips          int NOT NULL DEFAULT 0,
+    generation     bigint NOT NULL DEFAULT 1,
+    deleted        boolean NOT NULL DEFAULT false,
+    created_at     timestamptz NOT NULL DEFAULT now(),
+    updated_at     timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (system, object, local_key)
+);
+CREATE UNIQUE INDEX links_external ON tidegate.links (system, object, external_id) WHERE external_id IS NOT NULL;
+CREATE INDEX links_key_values ON tidegate.links (system, object, key_values);
+CREATE TABLE tidegate.parked (
+    seq          bigserial NOT NULL UNIQUE,
+    connector    text NOT NULL,
+    topic        text NOT NULL,
+    "partition"  int NOT NULL,
+    "offset"     bigint NOT NULL,
+    key          jsonb NOT NULL,
+    kind         text NOT NULL CHECK (kind IN ('rejected', 'waiting', 'behind')),
+    waits_system text,
+    waits_object text,
+    waits_key    jsonb,
+    reason       text NOT NULL,
+    request      json,
+    response     json,
+    attempts     int NOT NULL DEFAULT 1,
+    parked_at    timestamptz NOT NULL DEFAULT now(),
+    deadline     timestamptz,
+    command      text CHECK (command IN ('replay', 'drop')),
+    record_key   bytea,
+    record_value bytea,
+    headers      json,
+    PRIMARY KEY (connector, topic, "partition", "offset")
+);
+CREATE INDEX parked_queue ON tidegate.parked (connector, key, seq);
+CREATE INDEX parked_command ON tidegate.parked (connector) WHERE command IS NOT NULL;
+CREATE TABLE tidegate.cursors (
+    connector  text PRIMARY KEY,
+    cursor     json,
+    generation bigint NOT NULL DEFAULT 1,
+    updated_at timestamptz NOT NULL DEFAULT now()
+);
+CREATE TABLE tidegate.held (
+    connector   text NOT NULL,
+    system      text NOT NULL,
+    object      text NOT NULL,
+    external_id text NOT NULL,
+    record      json NOT NULL,
+    reason      text NOT NULL,
+    attempts    int NOT NULL DEFAULT 1,
+    held_at     timestamptz NOT NULL DEFAULT now(),
+    retry_at    timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (connector, object, external_id)
+);
+CREATE INDEX held_retry ON tidegate.held (connector, retry_at);
+CREATE TABLE tidegate.leases (
+    name       text PRIMARY KEY,
+    owner      text NOT NULL,
+    generation bigint NOT NULL DEFAULT 1,
+    expires_at timestamptz NOT NULL
+);
+CREATE INDEX leases_owner ON tidegate.leases (owner);
+CREATE SEQUENCE tidegate.push_seq;
