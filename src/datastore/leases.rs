@@ -51,11 +51,7 @@ pub async fn renew_leases<C: GenericClient>(
 }
 
 /// Gives leases back: all of the owner's whose names are in `names`.
-pub async fn release_leases<C: GenericClient>(
-    client: &C,
-    owner: &str,
-    names: &[String],
-) -> Result<(), DatastoreError> {
+pub async fn release_leases<C: GenericClient>(client: &C, owner: &str, names: &[String]) -> Result<(), DatastoreError> {
     client.execute("DELETE FROM tidegate.leases WHERE owner = $1 AND name = ANY($2)", &[&owner, &names]).await?;
     Ok(())
 }

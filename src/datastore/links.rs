@@ -77,6 +77,47 @@ impl Link {
     }
 }
 
+/// The lines of a document as delivered, so that a line's delete finds its document: (table, keys of its lines).
+/// Replaces what was remembered of the document.
+pub async fn save_lines<C: GenericClient>(
+    transaction: &C,
+    root: &LinkKey,
+    lines: &[(String, Value)],
+) -> Result<(), DatastoreError> {
+    let delete = transaction
+        .prepare_cached("DELETE FROM tidegate.document_lines WHERE system = $1 AND object = $2 AND root_key = $3")
+        .await?;
+    transaction.execute(&delete, &[&root.system, &root.object, &root.key]).await?;
+    let insert = transaction
+        .prepare_cached(
+            "INSERT INTO tidegate.document_lines (system, object, table_name, line_key, root_key) \
+             SELECT $1, $2, t, k, $3 FROM unnest($4::text[], $5::jsonb[]) l (t, k) \
+             ON CONFLICT (system, object, table_name, line_key) DO UPDATE SET root_key = excluded.root_key",
+        )
+        .await?;
+    let (tables, keys): (Vec<_>, Vec<_>) = lines.iter().map(|(table, key)| (table, key)).unzip();
+    transaction.execute(&insert, &[&root.system, &root.object, &root.key, &tables, &keys]).await?;
+    Ok(())
+}
+
+/// Key of the document that the line was last delivered in.
+pub async fn root_of_line<C: GenericClient>(
+    client: &C,
+    system: &str,
+    object: &str,
+    table: &str,
+    line_key: &Value,
+) -> Result<Option<Value>, DatastoreError> {
+    let select = client
+        .prepare_cached(
+            "SELECT root_key FROM tidegate.document_lines WHERE system = $1 AND object = $2 AND table_name = $3 \
+             AND line_key = $4",
+        )
+        .await?;
+    let row = client.query_opt(&select, &[&system, &object, &table, line_key]).await?;
+    Ok(row.map(|row| row.get(0)))
+}
+
 /// An id as the text that makes it unique: a string as it stands, anything else as JSON.
 pub(super) fn external_text(id: &Value) -> String {
     match id {
@@ -163,6 +204,7 @@ async fn lock_absent<C: GenericClient>(transaction: &C, key: &LinkKey) -> Result
 
 /// The link as it is, unlocked. A key that is no object means the one column of the key.
 pub async fn find_link<C: GenericClient>(client: &C, key: &LinkKey) -> Result<Option<Link>, DatastoreError> {
+    // A scalar key's column is not named; composite keys are asked for by name.
     let by = if key.key.is_object() { "local_key = $3" } else { "key_values = jsonb_build_array($3::jsonb)" };
     let select = client
         .prepare_cached(&format!("SELECT {COLUMNS} FROM tidegate.links WHERE system = $1 AND object = $2 AND {by}"))

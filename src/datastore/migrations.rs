@@ -26,7 +26,10 @@ pub struct Missing {
 /// The whole of what `migrate` does, for a role that may not: statements for a DBA.
 pub fn setup_sql(role: &str) -> Vec<String> {
     let role = format!("\"{}\"", role.replace('"', "\"\""));
-    vec![format!("CREATE SCHEMA IF NOT EXISTS {OWN_SCHEMA};"), format!("GRANT USAGE, CREATE ON SCHEMA {OWN_SCHEMA} TO {role};")]
+    vec![
+        format!("CREATE SCHEMA IF NOT EXISTS {OWN_SCHEMA};"),
+        format!("GRANT USAGE, CREATE ON SCHEMA {OWN_SCHEMA} TO {role};"),
+    ]
 }
 
 pub(super) async fn migrate(datastore: &Datastore) -> Result<(), DatastoreError> {
@@ -69,10 +72,9 @@ async fn try_migrate(datastore: &Datastore) -> Result<(), DatastoreError> {
             .await?;
     }
     for (version, sql) in VERSIONS.iter().filter(|(version, _)| *version > state.version) {
-        transaction
-            .batch_execute(sql)
-            .await
-            .map_err(|error| DatastoreError::from(error).context(format!("version {version} of schema {OWN_SCHEMA}")))?;
+        transaction.batch_execute(sql).await.map_err(|error| {
+            DatastoreError::from(error).context(format!("version {version} of schema {OWN_SCHEMA}"))
+        })?;
         transaction.execute("INSERT INTO tidegate.migrations (version) VALUES ($1)", &[version]).await?;
     }
     transaction.commit().await?;
@@ -134,8 +136,7 @@ async fn look(transaction: &Transaction<'_>) -> Result<State, DatastoreError> {
 
 fn what_is_missing(state: &State) -> Option<Missing> {
     let problem = if state.schema {
-        (!state.may_create_tables)
-            .then(|| format!("role {} may not create tables in schema {OWN_SCHEMA}", state.role))
+        (!state.may_create_tables).then(|| format!("role {} may not create tables in schema {OWN_SCHEMA}", state.role))
     } else {
         (!state.may_create_schema)
             .then(|| format!("schema {OWN_SCHEMA} is not there and role {} may not create it", state.role))

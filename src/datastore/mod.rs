@@ -24,18 +24,16 @@ pub use deadpool_postgres::{Client, GenericClient, Transaction};
 pub use error::{DatastoreError, DatastoreErrorKind};
 pub use leases::{Lease, acquire_lease, lease_owner_alive, release_leases, renew_leases};
 pub use links::{
-    Intent, Link, LinkKey, delete_link, find_link, link_by_external, lock_link, next_push_seq, push_seq_now, rekey_link,
-    save_link,
+    Intent, Link, LinkKey, delete_link, find_link, link_by_external, lock_link, next_push_seq, push_seq_now,
+    rekey_link, root_of_line, save_lines, save_link,
 };
 pub use migrations::{Missing, setup_sql};
 pub use origin::tag;
 pub use parked::{
     Command, NewParked, Parked, ParkedKind, ParkedSummary, command_parked, is_parked, list_parked, park, parked_counts,
-    parked_ready, show_parked, unpark,
+    parked_queue, parked_ready, show_parked, unpark,
 };
-pub use rows::{
-    Lines, TableName, TableNameError, normalize_row, primary_key, query_document, read_document, read_row,
-};
+pub use rows::{Lines, TableName, TableNameError, normalize_row, primary_key, query_document, read_document, read_row};
 pub use settings::{DatastoreSettings, SslMode, connect};
 
 /// How long a caller waits for a connection of the pool, a new one included.

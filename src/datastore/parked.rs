@@ -99,7 +99,8 @@ const SUMMARY: &str = "p.connector, p.topic, p.partition, p.\"offset\", p.key, p
      to_char(p.parked_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), p.command";
 /// True when the link that `p` waits for has a counterpart.
 const SATISFIED: &str = "(p.waits_key IS NOT NULL AND EXISTS (SELECT FROM tidegate.links l WHERE l.system = p.waits_system \
-     AND l.object = p.waits_object AND l.external_id IS NOT NULL AND l.intent IS NULL AND NOT l.deleted AND \
+     AND l.object = p.waits_object AND l.external_id IS NOT NULL AND NOT l.deleted \
+     AND coalesce(l.intent->>'operation', 'update') IN ('update', 'delete') AND \
      (CASE WHEN jsonb_typeof(p.waits_key) = 'object' THEN l.local_key = p.waits_key \
       ELSE l.key_values = jsonb_build_array(p.waits_key) END)))";
 
@@ -164,7 +165,7 @@ pub async fn park<C: GenericClient>(
                  waits_object, waits_key, reason, request, response, deadline, record_key, record_value, headers) \
              VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, \
                  now() + make_interval(secs => $13::float8), $14, $15, $16) \
-             ON CONFLICT (connector, topic, \"partition\", \"offset\") DO UPDATE SET kind = excluded.kind, \
+             ON CONFLICT (connector, topic, \"partition\", \"offset\", key) DO UPDATE SET kind = excluded.kind, \
                  waits_system = excluded.waits_system, waits_object = excluded.waits_object, \
                  waits_key = excluded.waits_key, reason = excluded.reason, request = excluded.request, \
                  response = excluded.response, attempts = p.attempts + 1, command = NULL, \
@@ -244,19 +245,37 @@ pub async fn parked_counts<C: GenericClient>(client: &C) -> Result<Vec<(String, 
     Ok(rows.iter().map(|row| (row.get(0), ParkedKind::parse(row.get(1)), row.get(2))).collect())
 }
 
-/// Takes the record out of its queue.
+/// The whole queue of a key, oldest first, at most `limit`.
+pub async fn parked_queue<C: GenericClient>(
+    client: &C,
+    connector: &str,
+    key: &Value,
+    limit: i64,
+) -> Result<Vec<Parked>, DatastoreError> {
+    let select = client
+        .prepare_cached(&format!(
+            "SELECT {SUMMARY}, p.record_key, p.record_value, p.headers, p.deadline, {SATISFIED} \
+             FROM tidegate.parked p WHERE p.connector = $1 AND p.key = $2 ORDER BY p.seq LIMIT $3"
+        ))
+        .await?;
+    Ok(client.query(&select, &[&connector, key, &limit]).await?.iter().map(parked).collect())
+}
+
+/// Takes the record out of its key's queue.
 pub async fn unpark<C: GenericClient>(
     transaction: &C,
     connector: &str,
+    key: &Value,
     record: &ConsumedRecord,
 ) -> Result<(), DatastoreError> {
     let delete = transaction
         .prepare_cached(
-            "DELETE FROM tidegate.parked WHERE connector = $1 AND topic = $2 AND \"partition\" = $3 AND \"offset\" = $4",
+            "DELETE FROM tidegate.parked WHERE connector = $1 AND topic = $2 AND \"partition\" = $3 \
+             AND \"offset\" = $4 AND key = $5",
         )
         .await?;
     transaction
-        .execute(&delete, &[&connector, &record.topic.as_ref(), &record.partition, &record.offset.0])
+        .execute(&delete, &[&connector, &record.topic.as_ref(), &record.partition, &record.offset.0, key])
         .await?;
     Ok(())
 }
@@ -287,16 +306,16 @@ pub async fn show_parked<C: GenericClient>(
     partition: i32,
     offset: i64,
 ) -> Result<Option<Parked>, DatastoreError> {
-    let row = client
-        .query_opt(
+    let rows = client
+        .query(
             &format!(
-                "SELECT {SUMMARY}, p.record_key, p.record_value, p.headers, p.deadline, {SATISFIED} \
-                 FROM tidegate.parked p WHERE p.connector = $1 AND p.topic = $2 AND p.partition = $3 AND p.\"offset\" = $4"
+                "SELECT {SUMMARY}, p.record_key, p.record_value, p.headers, p.deadline, {SATISFIED} FROM tidegate.parked p \
+                 WHERE p.connector = $1 AND p.topic = $2 AND p.partition = $3 AND p.\"offset\" = $4 ORDER BY p.seq"
             ),
             &[&connector, &topic, &partition, &offset],
         )
         .await?;
-    Ok(row.as_ref().map(parked))
+    Ok(rows.first().map(parked))
 }
 
 /// Asks the owner of the records to replay or drop them: one record where it is named, else all of the

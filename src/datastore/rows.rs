@@ -84,11 +84,11 @@ fn utc(row: &mut Value, zoned: &Value) {
 }
 
 fn key_condition(table: &TableName, key: &Value) -> Result<String, DatastoreError> {
-    let columns = key.as_object().filter(|columns| !columns.is_empty()).ok_or_else(|| {
-        DatastoreError::rejected(format!("a row of {table} is asked for by {key}, which is no key"))
-    })?;
-    let equal: Vec<_> =
-        columns.keys().map(|column| format!("t.{0} = k.{0}", quote(column))).collect();
+    let columns = key
+        .as_object()
+        .filter(|columns| !columns.is_empty())
+        .ok_or_else(|| DatastoreError::rejected(format!("a row of {table} is asked for by {key}, which is no key")))?;
+    let equal: Vec<_> = columns.keys().map(|column| format!("t.{0} = k.{0}", quote(column))).collect();
     Ok(equal.join(" AND "))
 }
 
@@ -223,11 +223,7 @@ pub async fn normalize_row<C: GenericClient>(
     table: &TableName,
     values: &Value,
 ) -> Result<Value, DatastoreError> {
-    let select = format!(
-        "SELECT row_to_json(json_populate_record(NULL::{}, $1)), {}",
-        table.quoted(),
-        zoned(table)
-    );
+    let select = format!("SELECT row_to_json(json_populate_record(NULL::{}, $1)), {}", table.quoted(), zoned(table));
     let select = client.prepare_cached(&select).await.map_err(|error| in_table(error, table))?;
     let row = client.query_one(&select, &[values]).await.map_err(|error| in_table(error, table))?;
     let mut normal: Value = row.get(0);

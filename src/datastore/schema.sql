@@ -44,10 +44,20 @@ CREATE TABLE tidegate.parked (
     record_key   bytea,
     record_value bytea,
     headers      json,
-    PRIMARY KEY (connector, topic, "partition", "offset")
+    PRIMARY KEY (connector, topic, "partition", "offset", key)
 );
 CREATE INDEX parked_queue ON tidegate.parked (connector, key, seq);
 CREATE INDEX parked_command ON tidegate.parked (connector) WHERE command IS NOT NULL;
+-- Which document a line was last delivered in: a deleted line's event has only the line's own key.
+CREATE TABLE tidegate.document_lines (
+    system     text NOT NULL,
+    object     text NOT NULL,
+    table_name text NOT NULL,
+    line_key   jsonb NOT NULL,
+    root_key   jsonb NOT NULL,
+    PRIMARY KEY (system, object, table_name, line_key)
+);
+CREATE INDEX document_lines_root ON tidegate.document_lines (system, object, root_key);
 CREATE TABLE tidegate.cursors (
     connector  text PRIMARY KEY,
     cursor     json,

@@ -8,6 +8,7 @@ use tokio_postgres::Config;
 use tokio_postgres::config::Host;
 
 use super::{DatastoreError, tls};
+use crate::config::{ConfigError, Secret, Section, Spanned};
 
 /// Address, role and trust of a datastore. `Debug` shows no secret.
 #[derive(Clone)]
@@ -34,6 +35,14 @@ pub enum SslMode {
     VerifyFull,
 }
 
+crate::choices!(SslMode {
+    "disable" => SslMode::Disable,
+    "prefer" => SslMode::Prefer,
+    "require" => SslMode::Require,
+    "verify-ca" => SslMode::VerifyCa,
+    "verify-full" => SslMode::VerifyFull,
+});
+
 impl SslMode {
     pub fn parse(text: &str) -> Option<Self> {
         Some(match text {
@@ -54,6 +63,27 @@ impl std::fmt::Debug for DatastoreSettings {
 }
 
 impl DatastoreSettings {
+    /// Reads `url`, `password`, `sslmode`, `sslrootcert`, `pool_size`; the caller finishes the section.
+    pub fn read(section: &mut Section) -> Result<Self, ConfigError> {
+        let url: Spanned<String> = section.require("url")?;
+        let mut settings =
+            DatastoreSettings::from_url(&url).map_err(|error| section.error("url", error.message.clone()))?;
+        if let Some(password) = section.take::<Secret>("password")? {
+            settings.set_password(&password);
+        }
+        if let Some(mode) = section.take("sslmode")? {
+            settings.ssl_mode = mode;
+        }
+        if let Some(path) = section.take("sslrootcert")? {
+            settings.ssl_root_cert = Some(path);
+        }
+        settings.pool_size = section.or("pool_size", settings.pool_size)?;
+        if settings.pool_size < 2 {
+            return Err(section.error("pool_size", "the pool needs at least 2 connections"));
+        }
+        Ok(settings)
+    }
+
     /// From `postgres://role@host:port/database?sslmode=…&sslrootcert=…`, or `key=value` pairs.
     pub fn from_url(url: &str) -> Result<Self, DatastoreError> {
         let (plain, ssl_mode, ssl_root_cert) = take_ssl(url)?;
@@ -171,9 +201,8 @@ fn take_ssl(url: &str) -> Result<(String, SslMode, Option<PathBuf>), DatastoreEr
                 })?;
             }
             "sslrootcert" => {
-                root_cert = Some(PathBuf::from(
-                    percent_encoding::percent_decode_str(value).decode_utf8_lossy().into_owned(),
-                ));
+                root_cert =
+                    Some(PathBuf::from(percent_encoding::percent_decode_str(value).decode_utf8_lossy().into_owned()));
             }
             _ => return Ok(false),
         }

@@ -57,3 +57,14 @@ impl From<crate::registry::RegistryError> for Fault {
         }
     }
 }
+
+impl From<crate::datastore::DatastoreError> for Fault {
+    fn from(error: crate::datastore::DatastoreError) -> Self {
+        use crate::datastore::DatastoreErrorKind;
+        match error.kind {
+            DatastoreErrorKind::Unavailable => Fault::unavailable(error.message, None),
+            DatastoreErrorKind::Conflict | DatastoreErrorKind::Lost => Fault::retry(error.message),
+            DatastoreErrorKind::Setup | DatastoreErrorKind::Rejected => Fault::stop(error.message),
+        }
+    }
+}

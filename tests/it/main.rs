@@ -4,6 +4,7 @@ mod capture;
 mod cli;
 mod config;
 mod crash;
+mod datastore;
 mod delivery;
 mod echo;
 mod faults;
