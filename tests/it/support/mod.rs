@@ -10,6 +10,7 @@ pub mod postgres;
 pub mod process;
 pub mod proxy;
 pub mod python;
+pub mod tryton;
 pub mod wait;
 
 pub use apicurio::Apicurio;
@@ -19,4 +20,5 @@ pub use postgres::{Database, Postgres, Version};
 pub use process::{Launch, Process, tidegate};
 pub use proxy::{Fault, Proxy, Script};
 pub use python::python;
+pub use tryton::Tryton;
 pub use wait::eventually;

@@ -1,0 +1,37 @@
+# Everything a newcomer runs. Each target installs what it needs first (scripts/), and says so.
+PATH := $(PATH):$(HOME)/.cargo/bin
+LOG ?= embedded
+export LOG KEEP
+
+.PHONY: build test demo bench fmt lint install help
+
+help: ## Show this
+	@sed -n 's/^\([a-z]*\):.*## /  make \1  \t/p' $(MAKEFILE_LIST)
+
+install: ## Install compilers and the servers that tests and demo run on
+	@scripts/install-build.sh
+	@scripts/install-postgresql.sh
+	@scripts/install-kafka.sh
+	@scripts/install-apicurio.sh
+	@scripts/install-python-clients.sh
+	@scripts/tryton/template.sh >/dev/null
+
+build: ## Build target/release/tidegate
+	@scripts/install-build.sh
+	cargo build --release --locked
+
+test: install ## Run all tests on real servers (PostgreSQL, Kafka, Apicurio, Tryton)
+	@scripts/test.sh
+
+demo: ## A shop, an ERP and a CRM kept in step: LOG=kafka for a Kafka broker, KEEP=1 to leave it running
+	@scripts/demo.sh
+
+bench: build ## Measure capture beside pg_recvlogical
+	@scripts/bench.sh
+
+fmt: ## Format the code
+	cargo fmt
+
+lint: ## Check format and clippy
+	cargo fmt --check
+	cargo clippy --all-targets --locked -- -D warnings
