@@ -1,0 +1,231 @@
+//! The publication: made for just the tables asked for, and brought up to date where that is allowed.
+
+use std::time::Duration;
+
+use super::catalog::CatalogTable;
+use super::{PostgresError, Session, identifier, literal, qualified};
+
+const DEADLINE: Duration = Duration::from_secs(30);
+
+/// `publication.autocreate.mode`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Autocreate {
+    /// `FOR ALL TABLES`; needs a superuser.
+    AllTables,
+    /// Just the tables asked for.
+    Filtered,
+    /// It must be there.
+    Disabled,
+}
+
+/// A publication as it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Publication {
+    pub all_tables: bool,
+    pub via_root: bool,
+    /// Operations it leaves out.
+    pub missing_operations: Vec<&'static str>,
+    /// Tables it covers, partitions told one by one unless `via_root`.
+    pub tables: Vec<(String, String)>,
+}
+
+pub async fn find(session: &mut Session, name: &str) -> Result<Option<Publication>, PostgresError> {
+    let rows = session
+        .query(
+            &format!(
+                "SELECT puballtables, pubviaroot, pubinsert, pubupdate, pubdelete, pubtruncate \
+                 FROM pg_publication WHERE pubname = {}",
+                literal(name)
+            ),
+            DEADLINE,
+        )
+        .await?;
+    let Some(row) = rows.first() else { return Ok(None) };
+    let flag = |at: usize| row.get(at).and_then(Option::as_deref) == Some("t");
+    let operations = ["insert", "update", "delete", "truncate"];
+    let missing_operations =
+        operations.into_iter().enumerate().filter(|(at, _)| !flag(at + 2)).map(|(_, name)| name).collect();
+    let tables = session
+        .query(
+            &format!("SELECT schemaname, tablename FROM pg_publication_tables WHERE pubname = {}", literal(name)),
+            DEADLINE,
+        )
+        .await?;
+    let tables = tables
+        .into_iter()
+        .filter_map(|row| {
+            let mut row = row.into_iter().flatten();
+            Some((row.next()?, row.next()?))
+        })
+        .collect();
+    Ok(Some(Publication { all_tables: flag(0), via_root: flag(1), missing_operations, tables }))
+}
+
+/// What has to be run for `wanted` to be published; empty when all is well.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Changes {
+    pub sql: Vec<String>,
+    /// Tables that were not published before.
+    pub added: Vec<String>,
+    pub creates: bool,
+}
+
+/// How a publication is to be made.
+#[derive(Clone, Debug)]
+pub struct Wish<'a> {
+    pub name: &'a str,
+    pub autocreate: Autocreate,
+    pub via_root: bool,
+    /// Tables with rows that are asked for (no partitioned ones), or the roots where `via_root`.
+    pub tables: &'a [CatalogTable],
+    /// Partitioned tables that are asked for by name, so that partitions made later are published too.
+    pub parents: &'a [CatalogTable],
+    /// `server_version_num`
+    pub server: u32,
+}
+
+pub fn changes(found: Option<&Publication>, wish: &Wish<'_>) -> Result<Changes, PostgresError> {
+    let name = identifier(wish.name);
+    let list = |tables: &mut dyn Iterator<Item = &CatalogTable>| -> String {
+        tables.map(|table| qualified(&table.schema, &table.name)).collect::<Vec<_>>().join(", ")
+    };
+    let Some(found) = found else {
+        let mut with = vec!["publish = 'insert, update, delete, truncate'"];
+        if wish.via_root {
+            with.push("publish_via_partition_root = true");
+        }
+        if wish.server >= 180_000 {
+            with.push("publish_generated_columns = stored");
+        }
+        let of = match wish.autocreate {
+            Autocreate::AllTables => "ALL TABLES".to_owned(),
+            Autocreate::Filtered if wish.tables.is_empty() && wish.parents.is_empty() => {
+                return Err(PostgresError::Refused(
+                    "no table matches the include and exclude lists, so there is nothing to publish; \
+                     hint: entries are regular expressions on the whole name, as in public\\.orders"
+                        .into(),
+                ));
+            }
+            // A partition is published with its parent: naming both would only be noise.
+            Autocreate::Filtered => {
+                let alone = wish.tables.iter().filter(|table| {
+                    !table.ancestors.iter().any(|(schema, name)| {
+                        wish.parents.iter().any(|parent| parent.schema == *schema && parent.name == *name)
+                    })
+                });
+                let top = wish.parents.iter().filter(|parent| {
+                    !parent.ancestors.iter().any(|(schema, name)| {
+                        wish.parents.iter().any(|other| other.schema == *schema && other.name == *name)
+                    })
+                });
+                format!("TABLE {}", list(&mut alone.chain(top)))
+            }
+            Autocreate::Disabled => {
+                return Err(PostgresError::Refused(format!(
+                    "publication '{}' is missing, and publication.autocreate.mode is 'disabled'; \
+                     hint: CREATE PUBLICATION {name} FOR TABLE …",
+                    wish.name
+                )));
+            }
+        };
+        let sql = format!("CREATE PUBLICATION {name} FOR {of} WITH ({})", with.join(", "));
+        let added = wish.tables.iter().map(CatalogTable::full_name).collect();
+        return Ok(Changes { sql: vec![sql], added, creates: true });
+    };
+    if !found.missing_operations.is_empty() {
+        return Err(PostgresError::Refused(format!(
+            "publication '{}' does not publish {}; hint: ALTER PUBLICATION {name} SET (publish = 'insert, update, \
+             delete, truncate')",
+            wish.name,
+            found.missing_operations.join(", ")
+        )));
+    }
+    if found.via_root != wish.via_root {
+        return Err(PostgresError::Refused(format!(
+            "publication '{}' has publish_via_partition_root = {}, and publish.via.partition.root is {}; \
+             hint: make them the same",
+            wish.name, found.via_root, wish.via_root
+        )));
+    }
+    let missing: Vec<&CatalogTable> = wish
+        .tables
+        .iter()
+        .filter(|table| {
+            !found.all_tables
+                && !found.tables.iter().any(|(schema, name)| *schema == table.schema && *name == table.name)
+        })
+        .collect();
+    if missing.is_empty() {
+        return Ok(Changes::default());
+    }
+    let added: Vec<String> = missing.iter().map(|table| table.full_name()).collect();
+    if wish.autocreate == Autocreate::Disabled {
+        return Err(PostgresError::Refused(format!(
+            "publication '{}' leaves out {}; hint: ALTER PUBLICATION {name} ADD TABLE {}",
+            wish.name,
+            added.join(", "),
+            list(&mut missing.into_iter())
+        )));
+    }
+    let sql = vec![format!("ALTER PUBLICATION {name} ADD TABLE {}", list(&mut missing.into_iter()))];
+    Ok(Changes { sql, added, creates: false })
+}
+
+pub async fn apply(session: &mut Session, changes: &Changes) -> Result<(), PostgresError> {
+    for sql in &changes.sql {
+        session.query(sql, DEADLINE).await?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::{Oid, ReplicaIdentity};
+
+    fn table(name: &str, ancestors: &[&str]) -> CatalogTable {
+        CatalogTable {
+            oid: Oid(1),
+            schema: "s".into(),
+            name: name.into(),
+            partitioned: false,
+            ancestors: ancestors.iter().map(|name| ("s".to_owned(), (*name).to_owned())).collect(),
+            replica_identity: ReplicaIdentity::Default,
+            has_primary_key: true,
+            estimated_rows: 0,
+            readable: true,
+            owned: true,
+        }
+    }
+
+    #[test]
+    fn only_what_is_asked_for_is_published_and_a_partition_through_its_parent() {
+        let tables = [table("a", &[]), table("p1", &["p"])];
+        let parents = [table("p", &[])];
+        let mut wish = Wish {
+            name: "pub",
+            autocreate: Autocreate::Filtered,
+            via_root: false,
+            tables: &tables,
+            parents: &parents,
+            server: 150_000,
+        };
+        let made = changes(None, &wish).unwrap();
+        assert_eq!(
+            made.sql,
+            [
+                r#"CREATE PUBLICATION "pub" FOR TABLE "s"."a", "s"."p" WITH (publish = 'insert, update, delete, truncate')"#
+            ]
+        );
+        let found = Publication {
+            all_tables: false,
+            via_root: false,
+            missing_operations: vec![],
+            tables: vec![("s".into(), "p1".into())],
+        };
+        assert_eq!(changes(Some(&found), &wish).unwrap().sql, [r#"ALTER PUBLICATION "pub" ADD TABLE "s"."a""#]);
+        wish.autocreate = Autocreate::Disabled;
+        assert!(changes(Some(&found), &wish).unwrap_err().to_string().contains("s.a"));
+        assert!(changes(None, &wish).is_err());
+    }
+}

@@ -1,0 +1,122 @@
+//! The replication slot: what the server keeps for us, and whether it still fits what the log has.
+
+use std::time::Duration;
+
+use crate::event::{CapturePosition, Lsn};
+
+use super::replication::SystemIdentity;
+use super::{PostgresError, Session, literal};
+
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// A row of `pg_replication_slots`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Slot {
+    pub plugin: String,
+    pub database: String,
+    /// Process that uses it.
+    pub active_pid: Option<u32>,
+    pub restart_lsn: Option<Lsn>,
+    pub confirmed_flush: Option<Lsn>,
+    /// `reserved`, `extended`, `unreserved`, `lost`.
+    pub wal_status: String,
+    /// Bytes of WAL that may still be written before the slot is at risk; `None` without a limit.
+    pub safe_wal_size: Option<i64>,
+    /// WAL the server keeps for the slot.
+    pub kept_bytes: u64,
+    /// WAL written since what was confirmed.
+    pub lag_bytes: u64,
+}
+
+pub async fn find(session: &mut Session, name: &str) -> Result<Option<Slot>, PostgresError> {
+    let rows = session
+        .query(
+            &format!(
+                "SELECT plugin, database, active_pid, restart_lsn, confirmed_flush_lsn, wal_status, safe_wal_size, \
+                 coalesce(greatest(pg_wal_lsn_diff(now.lsn, restart_lsn), 0), 0)::bigint, \
+                 coalesce(greatest(pg_wal_lsn_diff(now.lsn, confirmed_flush_lsn), 0), 0)::bigint \
+                 FROM pg_replication_slots, LATERAL (SELECT CASE WHEN pg_is_in_recovery() THEN \
+                 pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END AS lsn) now WHERE slot_name = {}",
+                literal(name)
+            ),
+            DEADLINE,
+        )
+        .await?;
+    let Some(row) = rows.into_iter().next() else { return Ok(None) };
+    let text = |at: usize| row.get(at).cloned().flatten();
+    Ok(Some(Slot {
+        plugin: text(0).unwrap_or_default(),
+        database: text(1).unwrap_or_default(),
+        active_pid: text(2).and_then(|pid| pid.parse().ok()),
+        restart_lsn: text(3).and_then(|lsn| lsn.parse().ok()),
+        confirmed_flush: text(4).and_then(|lsn| lsn.parse().ok()),
+        wal_status: text(5).unwrap_or_default(),
+        safe_wal_size: text(6).and_then(|bytes| bytes.parse().ok()),
+        kept_bytes: text(7).and_then(|bytes| bytes.parse().ok()).unwrap_or_default(),
+        lag_bytes: text(8).and_then(|bytes| bytes.parse().ok()).unwrap_or_default(),
+    }))
+}
+
+/// Drops the slot where it is there, waiting shortly for a walsender of ours that has not ended yet.
+pub async fn drop_slot(session: &mut Session, name: &str) -> Result<(), PostgresError> {
+    let name = literal(name);
+    let sql = format!("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = {name}");
+    for attempt in 1.. {
+        match session.query(&sql, DEADLINE).await {
+            Err(error) if error.code() == Some("55006") && attempt < 20 => {
+                tokio::time::sleep(Duration::from_millis(250)).await;
+            }
+            other => return other.map(drop),
+        }
+    }
+    Ok(())
+}
+
+/// Why changes are or may be missing between the log and what the server can still give.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Loss {
+    #[error("replication slot '{slot}' is gone; the log ends at {stored}, what was committed since may be missing")]
+    Missing { slot: String, stored: Lsn },
+    #[error(
+        "replication slot '{slot}' has lost WAL that was still needed (wal_status 'lost', max_slot_wal_keep_size); \
+         the log ends at {stored}"
+    )]
+    Invalidated { slot: String, stored: Lsn },
+    #[error(
+        "replication slot '{slot}' stands at {confirmed}, ahead of the log at {stored}: what was committed in between \
+         is not in the log. Somebody else read the slot, made it anew, or the log was set back"
+    )]
+    Ahead { slot: String, confirmed: Lsn, stored: Lsn },
+    #[error(
+        "this is another PostgreSQL cluster (system identifier {found}, the log was written from {stored}): it was \
+         restored, upgraded, or the address changed"
+    )]
+    OtherCluster { found: String, stored: String },
+}
+
+/// Compares the slot with what is stored (CORRECTNESS 4). The server itself would go on silently from wherever the
+/// slot stands.
+pub fn check(
+    slot_name: &str,
+    slot: Option<&Slot>,
+    system: &SystemIdentity,
+    stored: &CapturePosition,
+) -> Result<(), Loss> {
+    if system.system_identifier != stored.system_identifier {
+        return Err(Loss::OtherCluster {
+            found: system.system_identifier.clone(),
+            stored: stored.system_identifier.clone(),
+        });
+    }
+    let slot_name = slot_name.to_owned();
+    let Some(slot) = slot else { return Err(Loss::Missing { slot: slot_name, stored: stored.commit_end }) };
+    if slot.wal_status == "lost" || slot.restart_lsn.is_none() {
+        return Err(Loss::Invalidated { slot: slot_name, stored: stored.commit_end });
+    }
+    match slot.confirmed_flush {
+        Some(confirmed) if confirmed > stored.commit_end => {
+            Err(Loss::Ahead { slot: slot_name, confirmed, stored: stored.commit_end })
+        }
+        _ => Ok(()),
+    }
+}
