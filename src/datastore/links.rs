@@ -42,6 +42,8 @@ pub struct Link {
     pub flips: i32,
     /// Rises with every write.
     pub generation: i64,
+    /// Seconds since the last write, as read.
+    pub quiet_s: f64,
     /// The local row is gone and the system was told; kept so that a pull does not bring it back.
     pub deleted: bool,
 }
@@ -62,6 +64,7 @@ impl Link {
             pushed_seq: 0,
             flips: 0,
             generation: 0,
+            quiet_s: f64::INFINITY,
             deleted: false,
         }
     }
@@ -146,7 +149,7 @@ pub struct Intent {
 }
 
 const COLUMNS: &str = "system, object, local_key, table_name, external_json, base_doc, base_remote, remote_version, \
-     kept, intent, step, pushed_seq, flips, generation, deleted";
+     kept, intent, step, pushed_seq, flips, generation, deleted, extract(epoch FROM now() - updated_at)::float8";
 
 fn read(row: &Row) -> Result<Link, DatastoreError> {
     let intent: Option<Value> = row.get(9);
@@ -172,6 +175,7 @@ fn read(row: &Row) -> Result<Link, DatastoreError> {
         flips: row.get(12),
         generation: row.get(13),
         deleted: row.get(14),
+        quiet_s: row.get(15),
     })
 }
 
