@@ -193,6 +193,21 @@ impl Status {
     }
 }
 
+/// Where a connector is to go on from, when a person moves it.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ResetTo {
+    /// Everything again: the log's first record, a new snapshot, an empty cursor.
+    Beginning,
+    /// Only what comes from now on.
+    End,
+    /// The same offset in every partition.
+    Offset(i64),
+    /// The first record appended at or after this, ms since 1970.
+    TimeMs(i64),
+    /// A pull's cursor, as it stands.
+    Cursor(serde_json::Value),
+}
+
 /// What starting a connector would create or change.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Plan {

@@ -15,7 +15,7 @@ use std::pin::Pin;
 
 use async_trait::async_trait;
 
-pub use context::{ConnectorContext, ConnectorState, Control, Counts, Lag, Plan, PlanStep, Signal, Status};
+pub use context::{ConnectorContext, ConnectorState, Control, Counts, Lag, Plan, PlanStep, ResetTo, Signal, Status};
 pub use drive::run;
 pub use fault::{Fault, FaultKind};
 

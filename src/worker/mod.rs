@@ -1,3 +1,258 @@
 //! The running worker: kinds of connectors, the watched folder, lifecycle, health.
+//!
+//! [`Worker::start`] opens what the settings name, then runs every connector of the folder; [`Worker::stop`]
+//! drains them. Every task has its owner here: the folder's watcher, the observer, one keeper a connector.
 
+mod absent;
+pub mod dead_letters;
+mod folder;
+mod keeper;
 pub mod kinds;
+mod observe;
+mod report;
+mod resources;
+mod roster;
+mod settings;
+pub mod state;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{Mutex, Notify};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use folder::{Files, Folder};
+use state::State;
+
+pub use keeper::Keeper;
+pub use kinds::World;
+pub use report::{ConnectorReport, Health, Orphan, StatusReport, Trouble};
+pub use resources::{Access, OpenError, Resources, open_log, open_registry};
+pub use roster::{FileProblem, Loaded, load};
+pub use settings::{LogSettings, RegistrySettings, RestSettings, WorkerSettings};
+
+use crate::pipeline::{Fault, ResetTo};
+use observe::Observer;
+use roster::Roster;
+
+/// How long after the drain's deadline the worker waits for connectors that were cut off.
+const CUT_OFF: Duration = Duration::from_secs(8);
+const CLOSE: Duration = Duration::from_secs(10);
+const ORPHANS: Duration = Duration::from_secs(600);
+
+/// Why a command on a connector could not be carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum CommandError {
+    #[error("there is no connector '{name}'{}", if .known.is_empty() { String::new() } else { format!("; there are: {}", .known.join(", ")) })]
+    Unknown { name: String, known: Vec<String> },
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// The worker of one state folder. Cheap to clone.
+#[derive(Clone)]
+pub struct Worker {
+    inside: Arc<Inside>,
+}
+
+struct Inside {
+    settings: WorkerSettings,
+    resources: Resources,
+    roster: Mutex<Roster>,
+    observer: Observer,
+    /// A command asks for another look at the folder.
+    look: Notify,
+    ending: CancellationToken,
+    tasks: std::sync::Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Worker {
+    /// Takes the state folder, opens log and registry, and starts every connector there is a file for.
+    pub async fn start(settings: WorkerSettings) -> Result<Self, OpenError> {
+        let state = State::open(&settings.state)?;
+        let mut folder = Folder::watch(&settings.connectors).map_err(|error| {
+            OpenError::Folder(format!(
+                "the connectors folder {}: {error}. hint: the setting 'connectors' names it",
+                settings.connectors.display()
+            ))
+        })?;
+        let files = folder.read().map_err(|error| OpenError::Folder(error.to_string()))?;
+        let resources = Resources::open(&settings).await?;
+        let roster =
+            Roster::new(resources.clone(), settings.systems.clone(), settings.state.clone(), state, settings.drain);
+        let worker = Worker {
+            inside: Arc::new(Inside {
+                observer: Observer::default(),
+                settings,
+                resources,
+                roster: Mutex::new(roster),
+                look: Notify::new(),
+                ending: CancellationToken::new(),
+                tasks: std::sync::Mutex::default(),
+            }),
+        };
+        let again = worker.inside.roster.lock().await.apply(&files);
+        let tasks =
+            [tokio::spawn(worker.clone().follow_folder(folder, files, again)), tokio::spawn(worker.clone().observe())];
+        worker.inside.tasks.lock().unwrap_or_else(std::sync::PoisonError::into_inner).extend(tasks);
+        Ok(worker)
+    }
+
+    pub fn settings(&self) -> &WorkerSettings {
+        &self.inside.settings
+    }
+
+    pub fn resources(&self) -> &Resources {
+        &self.inside.resources
+    }
+
+    async fn follow_folder(self, mut folder: Folder, mut files: Files, mut again: bool) {
+        let mut orphans = tokio::time::interval(ORPHANS);
+        loop {
+            let soon = async {
+                if again {
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                } else {
+                    std::future::pending().await
+                }
+            };
+            tokio::select! {
+                () = self.inside.ending.cancelled() => return,
+                () = folder.changed() => match folder.read() {
+                    Ok(read) => files = read,
+                    Err(error) => {
+                        tracing::error!("the connectors folder can't be read; what runs, runs on: {error}");
+                        continue;
+                    }
+                },
+                () = self.inside.look.notified() => {}
+                () = soon => {}
+                _ = orphans.tick() => {
+                    self.inside.roster.lock().await.warn_of_orphans();
+                    continue;
+                }
+            }
+            again = self.inside.roster.lock().await.apply(&files);
+        }
+    }
+
+    async fn observe(self) {
+        let mut tick = tokio::time::interval(Duration::from_secs(1));
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        loop {
+            tokio::select! {
+                () = self.inside.ending.cancelled() => return,
+                _ = tick.tick() => {}
+            }
+            let connectors: Vec<_> = self
+                .inside
+                .roster
+                .lock()
+                .await
+                .entries()
+                .map(|(name, entry)| (name.to_owned(), entry.keeper.status.clone(), entry.groups.clone()))
+                .collect();
+            self.inside.observer.look(&connectors, &self.inside.resources, &self.inside.settings.systems).await;
+        }
+    }
+
+    pub async fn status(&self) -> StatusReport {
+        let roster = self.inside.roster.lock().await;
+        report::status(&roster, &self.inside.observer, &self.inside.resources)
+    }
+
+    pub async fn health(&self) -> Health {
+        self.status().await.health()
+    }
+
+    pub async fn set_paused(&self, name: &str, paused: bool) -> Result<(), CommandError> {
+        let mut roster = self.inside.roster.lock().await;
+        match roster.set_paused(name, paused) {
+            Some(saved) => saved.map_err(|error| CommandError::Failed(error.to_string())),
+            None => Err(unknown(&roster, name)),
+        }
+    }
+
+    pub async fn restart(&self, name: &str) -> Result<(), CommandError> {
+        let mut roster = self.inside.roster.lock().await;
+        match roster.restart(name) {
+            Some(started) => started.map_err(CommandError::Failed),
+            None => Err(unknown(&roster, name)),
+        }
+    }
+
+    /// Stops the connector, moves it, starts it again; says in one line what was done.
+    pub async fn reset(&self, name: &str, to: ResetTo) -> Result<String, CommandError> {
+        let reset = {
+            let roster = self.inside.roster.lock().await;
+            match roster.get(name) {
+                Some(entry) => entry.keeper.reset(to),
+                None => return Err(unknown(&roster, name)),
+            }
+        };
+        // Without the lock: a drain takes its time.
+        reset.await.map_err(|fault| CommandError::Failed(fault.to_string()))
+    }
+
+    pub async fn migrate(&self, name: &str) -> Result<String, CommandError> {
+        let done = self.inside.roster.lock().await.migrate(name).map_err(CommandError::Failed);
+        self.inside.look.notify_one();
+        done
+    }
+
+    /// Removes what a connector without a file has left (its slot, its consumer group), then forgets it.
+    pub async fn forget(&self, name: &str) -> Result<String, CommandError> {
+        let known = {
+            let roster = self.inside.roster.lock().await;
+            if roster.get(name).is_some() {
+                return Err(CommandError::Failed(format!("'{name}' runs. hint: remove its file first")));
+            }
+            roster.state().get(name).cloned().ok_or_else(|| unknown(&roster, name))?
+        };
+        let said = self
+            .inside
+            .resources
+            .forget(name, &known)
+            .await
+            .map_err(|fault: Fault| CommandError::Failed(fault.to_string()))?;
+        self.inside.roster.lock().await.forget(name).map_err(CommandError::Failed)?;
+        Ok(said)
+    }
+
+    /// Drains every connector within the deadline of the settings, then closes the log.
+    pub async fn stop(&self) -> Result<(), Fault> {
+        let drain = self.inside.settings.drain;
+        self.inside.ending.cancel();
+        let leaving = self.inside.roster.lock().await.stop_all(drain);
+        let tasks = std::mem::take(&mut *self.inside.tasks.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+        let all = async {
+            for (name, mut keeper) in leaving {
+                keeper.wait().await;
+                tracing::debug!(connector = name, "stopped");
+            }
+            for task in tasks {
+                let _ = task.await;
+            }
+        };
+        if timeout(drain + CUT_OFF, all).await.is_err() {
+            tracing::warn!("some connectors did not stop in time; what they had in flight is done again at the start");
+        }
+        match timeout(CLOSE, self.inside.resources.close()).await {
+            Ok(closed) => closed,
+            Err(_) => Err(Fault::retry(format!("the log did not close within {CLOSE:?}"))),
+        }
+    }
+}
+
+fn unknown(roster: &Roster, name: &str) -> CommandError {
+    CommandError::Unknown { name: name.to_owned(), known: roster.entries().map(|(name, _)| name.to_owned()).collect() }
+}
+
+/// Reads every connector file of a folder, for commands that look without running. In the order of the paths.
+pub fn read_folder(folder: &Path) -> std::io::Result<BTreeMap<std::path::PathBuf, String>> {
+    folder::read_files(folder)
+}

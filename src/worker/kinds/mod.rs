@@ -1,10 +1,15 @@
-//! The kinds of connectors, by their `type:`. One file a kind, all with the same four entry points:
-//! `Settings::read`, `run`, `plan`, `preview`.
+//! The kinds of connectors, by their `type:`. One file a kind, all with the same entry points: `Settings::read`,
+//! `run`, `plan`, `preview`, `reset`, `forget`. A new kind is one file here and one line in [`read`].
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
+use async_trait::async_trait;
+use serde_json::Value;
+
+use crate::config::{ConfigError, Section, Spanned};
+use crate::pipeline::{ConnectorContext, Fault, Plan, ResetTo};
 use crate::systems::System;
 
 /// What the settings of a connector may refer to while they are read.
@@ -12,4 +17,45 @@ pub struct World<'a> {
     pub systems: &'a BTreeMap<String, Arc<System>>,
     /// Folder of the worker's own state (embedded log, registry, spool files).
     pub state: &'a Path,
+}
+
+/// What may not change while a connector keeps its name: settings and their values.
+pub type Identity = BTreeMap<String, String>;
+
+/// A connector with its settings read, whatever its kind.
+#[async_trait]
+pub trait Connector: Send + Sync + 'static {
+    fn identity(&self) -> Identity;
+
+    /// Consumer groups that it reads the log with.
+    fn groups(&self) -> Vec<String>;
+
+    /// Works until told to stop.
+    async fn run(&self, context: ConnectorContext) -> Result<(), Fault>;
+
+    async fn plan(&self, context: &ConnectorContext) -> Result<Plan, Fault>;
+
+    async fn preview(&self, context: &ConnectorContext, limit: usize) -> Result<Vec<Value>, Fault>;
+
+    /// Moves the stopped connector; says in one line what was done.
+    async fn reset(&self, context: &ConnectorContext, to: &ResetTo) -> Result<String, Fault>;
+}
+
+/// The types there are.
+pub const TYPES: [&str; 3] = ["postgres-source", "http-sink", "http-pull"];
+
+/// Reads the settings of a connector of this type; the caller finishes the section.
+pub fn read(
+    kind: &Spanned<String>,
+    _section: &mut Section,
+    _world: &World<'_>,
+) -> Result<Arc<dyn Connector>, ConfigError> {
+    let known = TYPES.join(", ");
+    Err(ConfigError::new(&kind.place, format!("there is no connector type `{}`", **kind))
+        .hint(format!("known: {known}")))
+}
+
+/// Removes what a connector of this kind has left in the datastore (a slot, say); says what was done.
+pub async fn forget(_kind: &str, _identity: &Identity, _context: &ConnectorContext) -> Result<String, Fault> {
+    Ok(String::new())
 }

@@ -1,0 +1,65 @@
+//! `tidegate preview`: what a connector would send or write now, with nothing sent.
+
+use std::process::ExitCode;
+
+use clap::Args;
+
+use super::output;
+use super::{CliError, FAILED, Global, UNREACHABLE};
+use crate::worker::{self, Access, Resources, World, load};
+
+/// Show what a connector would do now: the exact requests of a sink, the rows of a pull
+///
+/// Nothing is sent, written or committed. A sink reads the next records of its group, a pull asks for one page.
+#[derive(Args)]
+#[command(after_help = "\
+Examples:
+  tidegate preview erp-customers
+  tidegate preview erp-products --limit 3 --output json")]
+pub struct Preview {
+    connector: String,
+    /// How many requests or rows, at the most
+    #[arg(long, default_value_t = 10, value_name = "N")]
+    limit: usize,
+}
+
+impl Preview {
+    pub async fn run(self, global: &Global) -> Result<ExitCode, CliError> {
+        let settings = global.settings()?;
+        let world = World { systems: &settings.systems, state: &settings.state };
+        let mut names = Vec::new();
+        let mut wrong = None;
+        let mut found = None;
+        for (path, text) in worker::read_folder(&settings.connectors)? {
+            match load(&path, &text, &world) {
+                Ok(loaded) if loaded.name == self.connector => found = Some(loaded),
+                Ok(loaded) => names.push(loaded.name),
+                Err(error) => wrong = Some(wrong.unwrap_or(error)),
+            }
+        }
+        let Some(loaded) = found else {
+            // The one that was meant may be the one that can't be read.
+            if let Some(error) = wrong {
+                return Err(error.into());
+            }
+            let error = CliError::new(FAILED, format!("there is no connector '{}'", self.connector));
+            return Err(error.hint(format!("there are: {}", names.join(", "))));
+        };
+        let resources = Resources::open_for(&settings, Access::Read).await?;
+        let shown = loaded
+            .connector
+            .preview(&resources.still(&loaded.name), self.limit)
+            .await
+            .map_err(|fault| CliError::new(UNREACHABLE, fault.to_string()))?;
+        if global.json() {
+            output::print_json(&shown)?;
+        } else if shown.is_empty() {
+            output::print("nothing to do now\n")?;
+        } else {
+            for one in &shown {
+                output::print_json(one)?;
+            }
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}

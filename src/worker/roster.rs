@@ -1,0 +1,378 @@
+//! Which connectors run: the folder's files made true, one file at a time.
+//!
+//! Invariants (CORRECTNESS 24): a file that can't be read as settings changes nothing, the last good settings run
+//! on; what identifies a connector (its name, and what its kind counts in) never changes under a running position;
+//! whatever is wrong with one file concerns that file alone.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::folder::Files;
+use super::keeper::Keeper;
+use super::kinds::{self, Connector, Identity, World};
+use super::resources::Resources;
+use super::state::{State, StateError};
+use crate::config::{self, ConfigError, Section, Spanned};
+use crate::systems::System;
+
+/// A connector file read well.
+pub struct Loaded {
+    pub name: String,
+    pub kind: String,
+    pub connector: Arc<dyn Connector>,
+}
+
+/// Reads one connector file; `path` is for errors.
+pub fn load(path: &Path, text: &str, world: &World<'_>) -> Result<Loaded, ConfigError> {
+    let node = config::parse_text(text, path.display().to_string())?;
+    let mut section = Section::new(node, "connector")?;
+    let name: Spanned<String> = section.require("name")?;
+    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if name.is_empty() || name.len() > 100 || !name.chars().all(good) {
+        return Err(ConfigError::new(&name.place, format!("`{}` can't be a connector's name", *name))
+            .hint("letters, digits, `-`, `_` and `.`, 100 at the most: it is part of topic and group names"));
+    }
+    let kind: Spanned<String> = section.require("type")?;
+    let connector = kinds::read(&kind, &mut section, world)?;
+    section.finish()?;
+    Ok(Loaded { name: name.value, kind: kind.value, connector })
+}
+
+/// A running connector and where it came from.
+pub struct Entry {
+    pub file: PathBuf,
+    pub kind: String,
+    pub groups: Vec<String>,
+    pub keeper: Keeper,
+}
+
+/// Something wrong with a file, told until it is put right.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct FileProblem {
+    pub file: PathBuf,
+    /// The connector that runs on with its last good settings, if there is one.
+    pub connector: Option<String>,
+    pub message: String,
+}
+
+pub struct Roster {
+    resources: Resources,
+    systems: BTreeMap<String, Arc<System>>,
+    folder: PathBuf,
+    drain: Duration,
+    state: State,
+    entries: BTreeMap<String, Entry>,
+    /// Texts last looked at, and which connector each file holds.
+    applied: BTreeMap<PathBuf, Applied>,
+    problems: BTreeMap<PathBuf, FileProblem>,
+    /// Told to stop, not ended yet.
+    leaving: Vec<(String, Keeper)>,
+}
+
+struct Applied {
+    text: String,
+    name: Option<String>,
+}
+
+impl Roster {
+    pub fn new(
+        resources: Resources,
+        systems: BTreeMap<String, Arc<System>>,
+        folder: PathBuf,
+        state: State,
+        drain: Duration,
+    ) -> Self {
+        Roster {
+            resources,
+            systems,
+            folder,
+            drain,
+            state,
+            entries: BTreeMap::new(),
+            applied: BTreeMap::new(),
+            problems: BTreeMap::new(),
+            leaving: Vec::new(),
+        }
+    }
+
+    pub fn entries(&self) -> impl Iterator<Item = (&str, &Entry)> {
+        self.entries.iter().map(|(name, entry)| (name.as_str(), entry))
+    }
+
+    pub fn get(&self, name: &str) -> Option<&Entry> {
+        self.entries.get(name)
+    }
+
+    pub fn problems(&self) -> impl Iterator<Item = &FileProblem> {
+        self.problems.values()
+    }
+
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// Makes what runs agree with the files. True: something waits for a connector to end; call again soon.
+    pub fn apply(&mut self, files: &Files) -> bool {
+        self.leaving.retain(|(_, keeper)| !keeper.ended());
+        let gone: Vec<PathBuf> = self.applied.keys().filter(|path| !files.contains_key(*path)).cloned().collect();
+        for path in gone {
+            self.removed(&path);
+        }
+        let mut again = false;
+        for (path, text) in files {
+            let seen = self.applied.get(path);
+            if seen.is_some_and(|seen| seen.text == *text) && !self.problems.contains_key(path) {
+                continue;
+            }
+            match self.apply_file(path, text) {
+                Ok(Outcome::Done) => {
+                    self.problems.remove(path);
+                }
+                Ok(Outcome::Later) => again = true,
+                Err(message) => self.problem(path, text, message),
+            }
+        }
+        self.mark_orphans(files);
+        again
+    }
+
+    fn apply_file(&mut self, path: &Path, text: &str) -> Result<Outcome, String> {
+        let held = self.applied.get(path).and_then(|applied| applied.name.clone());
+        let world = World { systems: &self.systems, state: &self.folder };
+        let loaded = load(path, text, &world).map_err(|error| error.to_string())?;
+        let name = loaded.name.as_str();
+        if let Some(held) = held.filter(|held| held != name) {
+            return Err(format!(
+                "{}: the connector's name was '{held}' and is now '{name}'; its position belongs to the name.\n\
+                 hint: put the old name back; or remove this file, run 'tidegate connectors forget {held}', and add \
+                 it again under the new name, to start it anew",
+                path.display()
+            ));
+        }
+        if let Some(other) = self.entries.get(name).filter(|entry| entry.file != *path) {
+            return Err(format!(
+                "{}: a connector named '{name}' runs from {} already.\nhint: names are unique; change one",
+                path.display(),
+                other.file.display()
+            ));
+        }
+        let identity = loaded.connector.identity();
+        if let Some(known) = self.state.get(name) {
+            same_identity(path, name, &loaded.kind, &identity, known)?;
+        }
+        if self.leaving.iter().any(|(leaving, _)| leaving == name) {
+            return Ok(Outcome::Later);
+        }
+        let groups = loaded.connector.groups();
+        self.remember(name, |known| {
+            known.kind = loaded.kind.clone();
+            known.file = path.to_owned();
+            known.identity = identity;
+            known.groups = groups.clone();
+            known.orphaned_at = None;
+        })
+        .map_err(|error| error.to_string())?;
+        match self.entries.get_mut(name) {
+            Some(entry) => {
+                tracing::info!(connector = name, "settings changed: restarting");
+                entry.groups = groups;
+                entry.keeper.restart(Some(loaded.connector));
+            }
+            None => {
+                let paused = self.state.get(name).is_some_and(|known| known.paused);
+                tracing::info!(connector = name, kind = loaded.kind, paused, "starting");
+                let keeper = Keeper::start(name.into(), loaded.connector, self.resources.clone(), paused, self.drain);
+                let entry = Entry { file: path.to_owned(), kind: loaded.kind, groups, keeper };
+                self.entries.insert(name.to_owned(), entry);
+            }
+        }
+        self.applied.insert(path.to_owned(), Applied { text: text.to_owned(), name: Some(loaded.name) });
+        Ok(Outcome::Done)
+    }
+
+    fn problem(&mut self, path: &Path, text: &str, message: String) {
+        let name = self.applied.get(path).and_then(|applied| applied.name.clone());
+        let problem = FileProblem { file: path.to_owned(), connector: name.clone(), message };
+        if self.problems.get(path) != Some(&problem) {
+            match &name {
+                Some(name) => tracing::error!(
+                    connector = name,
+                    "{}\nthe connector runs on with its last good settings",
+                    problem.message
+                ),
+                None => tracing::error!("{}", problem.message),
+            }
+        }
+        self.problems.insert(path.to_owned(), problem);
+        self.applied.insert(path.to_owned(), Applied { text: text.to_owned(), name });
+    }
+
+    fn removed(&mut self, path: &Path) {
+        self.problems.remove(path);
+        let Some(Applied { name: Some(name), .. }) = self.applied.remove(path) else { return };
+        let Some(entry) = self.entries.remove(&name) else { return };
+        tracing::info!(connector = name, "{} is gone: stopping", path.display());
+        entry.keeper.stop(self.drain);
+        self.leaving.push((name, entry.keeper));
+    }
+
+    /// Connectors that are remembered and have no file any more.
+    fn mark_orphans(&mut self, files: &Files) {
+        let orphans: Vec<(String, Identity)> = self
+            .state
+            .all()
+            .filter(|(name, known)| {
+                !self.entries.contains_key(*name) && known.orphaned_at.is_none() && !files.contains_key(&known.file)
+            })
+            .map(|(name, known)| (name.to_owned(), known.identity.clone()))
+            .collect();
+        for (name, identity) in orphans {
+            warn_of_orphan(&name, &identity);
+            let now = chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Secs, true);
+            if let Err(error) = self.remember(&name, |known| known.orphaned_at = Some(now)) {
+                tracing::error!("{error}");
+            }
+        }
+    }
+
+    /// Says again which removed connectors still hold something.
+    pub fn warn_of_orphans(&self) {
+        for (name, known) in self.state.all() {
+            if known.orphaned_at.is_some() {
+                warn_of_orphan(name, &known.identity);
+            }
+        }
+    }
+
+    /// Pauses or resumes, durably. `None`: no such connector.
+    pub fn set_paused(&mut self, name: &str, paused: bool) -> Option<Result<(), StateError>> {
+        self.entries.get(name)?;
+        let saved = self.remember(name, |known| known.paused = paused);
+        let entry = self.entries.get(name)?;
+        if saved.is_ok() {
+            if paused { entry.keeper.pause() } else { entry.keeper.resume() }
+        }
+        Some(saved)
+    }
+
+    /// Restarts with the file as it is now: what it refers to (secrets, say) is read anew.
+    pub fn restart(&mut self, name: &str) -> Option<Result<(), String>> {
+        let entry = self.entries.get(name)?;
+        let world = World { systems: &self.systems, state: &self.folder };
+        let loaded = std::fs::read_to_string(&entry.file)
+            .map_err(|error| format!("{}: {error}", entry.file.display()))
+            .and_then(|text| load(&entry.file, &text, &world).map_err(|error| error.to_string()));
+        Some(loaded.and_then(|loaded| {
+            if let Some(known) = self.state.get(name) {
+                same_identity(&entry.file, name, &loaded.kind, &loaded.connector.identity(), known)?;
+            }
+            entry.keeper.restart((loaded.name == name).then_some(loaded.connector));
+            Ok(())
+        }))
+    }
+
+    /// Takes the file's identity for the connector's own from now on; the old one's slot stays behind.
+    pub fn migrate(&mut self, name: &str) -> Result<String, String> {
+        let known = self.state.get(name).cloned().ok_or_else(|| format!("no connector '{name}'"))?;
+        let world = World { systems: &self.systems, state: &self.folder };
+        let text =
+            std::fs::read_to_string(&known.file).map_err(|error| format!("{}: {error}", known.file.display()))?;
+        let loaded = load(&known.file, &text, &world).map_err(|error| error.to_string())?;
+        if loaded.name != name {
+            return Err(format!("{} holds '{}', not '{name}'", known.file.display(), loaded.name));
+        }
+        let identity = loaded.connector.identity();
+        if identity == known.identity && loaded.kind == known.kind {
+            return Ok(format!("'{name}' is as its file says; nothing to do"));
+        }
+        self.remember(name, |known| {
+            known.identity = identity;
+            known.kind = loaded.kind;
+        })
+        .map_err(|error| error.to_string())?;
+        if let Some(applied) = self.applied.get_mut(&known.file) {
+            applied.text.clear();
+        }
+        let left = match known.identity.get("slot.name") {
+            Some(slot) => format!("; the old slot '{slot}' is left: drop it when nothing needs it"),
+            None => String::new(),
+        };
+        Ok(format!("'{name}' starts anew under its new identity{left}"))
+    }
+
+    /// Forgets a connector whose file is gone.
+    pub fn forget(&mut self, name: &str) -> Result<(), String> {
+        if self.entries.contains_key(name) {
+            return Err(format!("'{name}' runs; remove its file first"));
+        }
+        self.state.forget(name).map_err(|error| error.to_string())
+    }
+
+    fn remember(&mut self, name: &str, change: impl FnOnce(&mut super::state::Remembered)) -> Result<(), StateError> {
+        self.state.update(name, change)
+    }
+
+    /// Tells all to stop, and hands them over to be waited for.
+    pub fn stop_all(&mut self, deadline: Duration) -> Vec<(String, Keeper)> {
+        let mut all = std::mem::take(&mut self.leaving);
+        for (name, entry) in std::mem::take(&mut self.entries) {
+            entry.keeper.stop(deadline);
+            all.push((name, entry.keeper));
+        }
+        all
+    }
+}
+
+enum Outcome {
+    Done,
+    /// The connector that had the name before has not ended yet.
+    Later,
+}
+
+fn same_identity(
+    path: &Path,
+    name: &str,
+    kind: &str,
+    identity: &Identity,
+    known: &super::state::Remembered,
+) -> Result<(), String> {
+    let mut changes = Vec::new();
+    if known.kind != kind && !known.kind.is_empty() {
+        changes.push(format!("type was '{}' and is now '{kind}'", known.kind));
+    }
+    for (setting, before) in &known.identity {
+        match identity.get(setting) {
+            Some(now) if now == before => {}
+            Some(now) => changes.push(format!("{setting} was '{before}' and is now '{now}'")),
+            None => changes.push(format!("{setting} was '{before}' and is no longer set")),
+        }
+    }
+    if changes.is_empty() {
+        return Ok(());
+    }
+    Err(format!(
+        "{}: {} of connector '{name}', which its position counts in.\n\
+         hint: put it back; or 'tidegate connectors migrate {name}' starts it anew as the file says",
+        path.display(),
+        changes.join(", ")
+    ))
+}
+
+fn warn_of_orphan(name: &str, identity: &Identity) {
+    match identity.get("slot.name") {
+        Some(slot) => tracing::warn!(
+            connector = name,
+            slot,
+            "the connector's file is gone and its replication slot '{slot}' is orphaned: the server keeps WAL for it, \
+             until the disk is full. hint: put the file back, or drop the slot with 'tidegate connectors forget {name}'"
+        ),
+        None => tracing::warn!(
+            connector = name,
+            "the connector's file is gone; its position is kept. hint: 'tidegate connectors forget {name}' removes it"
+        ),
+    }
+}

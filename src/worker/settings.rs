@@ -1,0 +1,197 @@
+//! The worker's own file, `config/tidegate.yaml`.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::config::{self, ByteSize, ConfigError, NodeKind, Secret, Section, Spanned};
+use crate::datastore::DatastoreSettings;
+use crate::log::EmbeddedSettings;
+use crate::systems::System;
+
+/// Where logs and state live when nothing else is said.
+const DATA: &str = "/var/lib/tidegate";
+
+/// What `config/tidegate.yaml` says.
+#[derive(Clone)]
+pub struct WorkerSettings {
+    pub datastore: DatastoreSettings,
+    pub log: LogSettings,
+    pub registry: RegistrySettings,
+    pub systems: BTreeMap<String, Arc<System>>,
+    /// Folder of the connector files.
+    pub connectors: PathBuf,
+    pub rest: RestSettings,
+    /// Folder of what the worker keeps for itself: pauses, the built-in registry, spool files. The embedded log's
+    /// own when nothing else is said.
+    pub state: PathBuf,
+    pub logging: LoggingSettings,
+    /// How long connectors may drain at shutdown, and when one is restarted.
+    pub drain: Duration,
+}
+
+#[derive(Clone, Debug)]
+pub enum LogSettings {
+    Embedded(EmbeddedSettings),
+    /// librdkafka's settings, by its names.
+    Kafka(BTreeMap<String, String>),
+}
+
+#[derive(Clone)]
+pub enum RegistrySettings {
+    Builtin,
+    Url { url: String, username: Option<String>, password: Option<Secret>, token: Option<Secret> },
+}
+
+#[derive(Clone)]
+pub struct RestSettings {
+    pub listen: SocketAddr,
+    /// Asked for as a bearer token (or as the password of basic auth) by everything but `/health`.
+    pub token: Option<Secret>,
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct LoggingSettings {
+    pub format: Option<String>,
+    pub level: Option<String>,
+}
+
+impl WorkerSettings {
+    pub fn read_file(path: &Path) -> Result<Self, ConfigError> {
+        let folder = path.parent().unwrap_or(Path::new(""));
+        Self::read(Section::new(config::parse_file(path)?, "the worker's settings")?, folder)
+    }
+
+    /// Relative paths count from `folder`, where the file is.
+    fn read(mut section: Section, folder: &Path) -> Result<Self, ConfigError> {
+        let datastore = match section.section("datastore")? {
+            Some(datastore) => read_datastore(datastore)?,
+            None => {
+                return Err(section
+                    .missing("datastore")
+                    .hint("datastore: { url: \"postgres://role@host:5432/database\" }"));
+            }
+        };
+        let log = match section.section("log")? {
+            Some(log) => read_log(log, folder)?,
+            None => LogSettings::Embedded(EmbeddedSettings::new(DATA)),
+        };
+        let registry = read_registry(&mut section)?;
+        let beside_log = match &log {
+            LogSettings::Embedded(log) => log.path.clone(),
+            LogSettings::Kafka(_) => PathBuf::from(DATA),
+        };
+        let state = folder.join(section.or("state", beside_log)?);
+        let connectors = folder.join(section.or("connectors", PathBuf::from("../connectors"))?);
+        let rest = read_rest(&mut section)?;
+        let logging = LoggingSettings {
+            format: section
+                .take::<Spanned<String>>("logging.format")?
+                .map(|text| one_of(text, &["human", "json"]))
+                .transpose()?,
+            level: section.take("logging.level")?,
+        };
+        let drain = section.or("shutdown.deadline", Duration::from_secs(20))?;
+        let systems = read_systems(&mut section)?;
+        section.finish()?;
+        Ok(WorkerSettings { datastore, log, registry, systems, connectors, rest, state, logging, drain })
+    }
+}
+
+fn one_of(text: Spanned<String>, names: &[&str]) -> Result<String, ConfigError> {
+    if names.contains(&text.as_str()) {
+        return Ok(text.value);
+    }
+    let error = ConfigError::new(&text.place, format!("`{}` is not known here", text.value));
+    Err(error.hint(format!("it is one of: {}", names.join(", "))))
+}
+
+fn read_datastore(mut section: Section) -> Result<DatastoreSettings, ConfigError> {
+    let settings = DatastoreSettings::read(&mut section)?;
+    section.finish()?;
+    Ok(settings)
+}
+
+fn read_log(mut section: Section, folder: &Path) -> Result<LogSettings, ConfigError> {
+    let kind = match section.take::<Spanned<String>>("type")? {
+        Some(kind) => one_of(kind, &["embedded", "kafka"])?,
+        None => "embedded".to_owned(),
+    };
+    if kind == "kafka" {
+        let place = section.place().clone();
+        let mut settings = BTreeMap::new();
+        for (name, value) in section.entries("")? {
+            settings.insert(name, value.value);
+        }
+        if !settings.contains_key("bootstrap.servers") {
+            return Err(ConfigError::new(&place, "`bootstrap.servers` is missing in log")
+                .hint("log: { type: kafka, bootstrap.servers: \"host:9092\" }; any librdkafka setting may follow"));
+        }
+        return Ok(LogSettings::Kafka(settings));
+    }
+    let mut settings = EmbeddedSettings::new(folder.join(section.or("path", PathBuf::from(DATA))?));
+    settings.retention = section.or("retention", settings.retention)?;
+    settings.retention_bytes = section.take::<ByteSize>("retention.bytes")?.map(|size| size.0);
+    settings.size_limit = section.or("size.limit", ByteSize(settings.size_limit))?.0;
+    section.finish()?;
+    Ok(LogSettings::Embedded(settings))
+}
+
+fn read_registry(section: &mut Section) -> Result<RegistrySettings, ConfigError> {
+    let name = "schema.registry";
+    let Some(node) = section.node(name)? else { return Ok(RegistrySettings::Builtin) };
+    let (url, username, password, token) = if matches!(node.kind, NodeKind::Map(_)) {
+        let mut inside = Section::new(node, name)?;
+        let url: Spanned<String> = inside.require("url")?;
+        let username = inside.take("username")?;
+        let password = inside.take("password")?;
+        let token = inside.take("token")?;
+        inside.finish()?;
+        (url, username, password, token)
+    } else {
+        (node.text(name)?, None, None, None)
+    };
+    if url.as_str() == "builtin" {
+        return Ok(RegistrySettings::Builtin);
+    }
+    match reqwest::Url::parse(&url) {
+        Ok(parsed) if matches!(parsed.scheme(), "http" | "https") => {
+            Ok(RegistrySettings::Url { url: url.value.trim_end_matches('/').to_owned(), username, password, token })
+        }
+        _ => Err(ConfigError::new(&url.place, "`schema.registry` is neither `builtin` nor an http or https URL")
+            .hint("for example `http://localhost:8081`")),
+    }
+}
+
+fn read_rest(section: &mut Section) -> Result<RestSettings, ConfigError> {
+    let listen: Spanned<String> = match section.take("rest.listen")? {
+        Some(listen) => listen,
+        None => Spanned::new("127.0.0.1:8080".to_owned(), section.place().clone()),
+    };
+    let token: Option<Secret> = section.take("rest.token")?;
+    let open = section.or("rest.allow.anyone", false)?;
+    let listen_at: SocketAddr = listen.parse().map_err(|_| {
+        ConfigError::new(&listen.place, format!("`{}` is no address to listen at", *listen))
+            .hint("an IP address and a port: 127.0.0.1:8080")
+    })?;
+    if !listen_at.ip().is_loopback() && token.is_none() && !open {
+        return Err(ConfigError::new(&listen.place, "whoever reaches this address could pause connectors and read data")
+            .hint("set rest.token (`token: \"${file:/run/secrets/rest}\"`), or `allow.anyone: true` where the network keeps others out"));
+    }
+    Ok(RestSettings { listen: listen_at, token })
+}
+
+fn read_systems(section: &mut Section) -> Result<BTreeMap<String, Arc<System>>, ConfigError> {
+    let mut systems = BTreeMap::new();
+    let Some(node) = section.node("systems")? else { return Ok(systems) };
+    let NodeKind::Map(entries) = node.kind else {
+        return Err(ConfigError::new(&node.place, "`systems` is a map of systems by name")
+            .hint("systems: { erp: { base_url: \"https://erp.example/api\" } }"));
+    };
+    for (name, _) in entries {
+        systems.insert(name.value, Arc::new(System));
+    }
+    Ok(systems)
+}
