@@ -1,9 +1,13 @@
 //! Schemas by id: a client of any Confluent-compatible registry, and a durable registry of our own with the
 //! same REST API.
 
+mod decoder;
+
 use std::sync::Arc;
 
 use async_trait::async_trait;
+
+pub use decoder::{DecodeError, EventDecoder};
 
 #[async_trait]
 pub trait Registry: Send + Sync + 'static {
