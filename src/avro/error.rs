@@ -4,17 +4,8 @@
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 pub enum AvroError {
     /// A column's text is not what its type should show, or has no place in the form that was chosen.
-    #[error("{schema}.{table}.{column}: cannot encode {shown} as {expected}: {reason}. hint: {hint}")]
-    Value {
-        schema: String,
-        table: String,
-        column: String,
-        /// The text, cut at 100 characters.
-        shown: String,
-        expected: String,
-        reason: String,
-        hint: String,
-    },
+    #[error(transparent)]
+    Value(Box<RefusedValue>),
     /// NULL where the schema has no null. The row decides: compile the table anew with the column nullable.
     #[error("{schema}.{table}.{column} is NULL, but the schema says it never is; the table was altered since")]
     NullInRequired {
@@ -36,6 +27,20 @@ pub enum AvroError {
     /// Not the Confluent wire format.
     #[error("not in the wire format (byte 0, schema id, Avro): {0}")]
     NotWire(String),
+}
+
+/// A column's value that cannot be encoded.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{schema}.{table}.{column}: cannot encode {shown} as {expected}: {reason}. hint: {hint}")]
+pub struct RefusedValue {
+    pub schema: String,
+    pub table: String,
+    pub column: String,
+    /// The text, cut at 100 characters.
+    pub shown: String,
+    pub expected: String,
+    pub reason: String,
+    pub hint: String,
 }
 
 /// Why one text cannot be encoded; the column is added where it is known.

@@ -72,7 +72,7 @@ impl Meaning {
             _ => value.into(),
         };
         match self {
-            Meaning::Days => instant(date_from_days(value), |days, out| put_iso_date(days, out)),
+            Meaning::Days => instant(date_from_days(value), put_iso_date),
             Meaning::TimeMillis => time_of_day(value.checked_mul(1000)),
             Meaning::TimeMicros => time_of_day(Some(value)),
             Meaning::TimeNanos => time_of_day(Some(value / 1000)),

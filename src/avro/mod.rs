@@ -28,7 +28,7 @@ mod wire;
 
 pub use control::{ControlSchema, HeartbeatPlan, MessagePlan};
 pub use decode::Decoder;
-pub use error::AvroError;
+pub use error::{AvroError, RefusedValue};
 pub use meta::{EventMeta, SnapshotMarker, TransactionBlock, TransactionMeta};
 pub use names::topic_name;
 pub use plan::TablePlan;

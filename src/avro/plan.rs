@@ -3,7 +3,7 @@
 //! Nothing is allocated per row beyond the growth of the output, and a row that fails leaves the output as it was.
 
 use super::encoding::Encoding;
-use super::error::shown;
+use super::error::{RefusedValue, shown};
 use super::schema::{columns, key_positions, schemas};
 use super::wire::{put_bytes, write_wire_header};
 use super::{AvroError, Decoder, EncodingSettings, EventMeta};
@@ -232,7 +232,7 @@ impl TablePlan {
 
     #[cold]
     fn refused(&self, column: &ColumnPlan, text: &[u8], error: &super::error::TextError) -> AvroError {
-        AvroError::Value {
+        AvroError::Value(Box::new(RefusedValue {
             schema: self.schema.clone(),
             table: self.table.clone(),
             column: column.name.clone(),
@@ -240,12 +240,12 @@ impl TablePlan {
             expected: column.encoding.expected().into_owned(),
             reason: error.reason().into(),
             hint: error.hint().into(),
-        }
+        }))
     }
 
     #[cold]
     fn key_was_not_sent(&self, column: &ColumnPlan) -> AvroError {
-        AvroError::Value {
+        AvroError::Value(Box::new(RefusedValue {
             schema: self.schema.clone(),
             table: self.table.clone(),
             column: column.name.clone(),
@@ -253,6 +253,6 @@ impl TablePlan {
             expected: "a part of the key".into(),
             reason: "the WAL does not carry it".into(),
             hint: "choose a key of small columns, or set REPLICA IDENTITY FULL on the table".into(),
-        }
+        }))
     }
 }
