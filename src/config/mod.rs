@@ -7,7 +7,8 @@
 //! (so a command that does not read a setting does not need its secret), and what came from them is never shown.
 
 mod error;
-mod names;
+mod locate;
+pub(crate) mod names;
 mod node;
 mod place;
 mod reference;

@@ -101,6 +101,21 @@ impl<T> Spanned<T> {
     }
 }
 
+impl Spanned<String> {
+    /// The place of the character at byte `offset` of the value, inside a block or quotes too. Where the text in the
+    /// file cannot be followed (references were replaced, an alias), the beginning of the value.
+    pub fn place_in(&self, offset: usize) -> Place {
+        let found = super::locate::locate(&self.place, &self.value, offset);
+        found.map_or_else(|| self.place.clone(), |(line, column)| self.place.at(line, column))
+    }
+
+    /// A part of the value, standing at its own place.
+    pub fn part(&self, range: std::ops::Range<usize>) -> Spanned<String> {
+        let value = self.value.get(range.clone()).unwrap_or_default().to_owned();
+        Spanned { value, place: self.place_in(range.start), masked: self.masked }
+    }
+}
+
 impl<T> Deref for Spanned<T> {
     type Target = T;
 
