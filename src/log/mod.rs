@@ -10,6 +10,8 @@
 //!   ([`LogError::OutOfRange`]), never silently the latest (CORRECTNESS 10).
 
 pub mod embedded;
+#[cfg(feature = "kafka")]
+pub mod kafka;
 mod partitioner;
 
 use std::collections::BTreeMap;
@@ -21,6 +23,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 pub use self::embedded::{EmbeddedLog, EmbeddedSettings};
+#[cfg(feature = "kafka")]
+pub use self::kafka::{KafkaLog, KafkaSettings};
 pub use self::partitioner::{murmur2, partition_of};
 use crate::event::{Offset, RecordBatch, TopicPartition};
 

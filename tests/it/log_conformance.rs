@@ -16,7 +16,7 @@ use crate::support::eventually;
 /// A log of the test's own, which can be closed and opened again.
 pub enum World {
     Embedded(tempfile::TempDir),
-    #[cfg(any())]
+    #[cfg(feature = "kafka")]
     Kafka {
         bootstrap: String,
         /// Keeps this test's topics, groups and sources apart from those of others.
@@ -29,7 +29,7 @@ impl World {
         World::Embedded(tempfile::tempdir().unwrap())
     }
 
-    #[cfg(any())]
+    #[cfg(feature = "kafka")]
     pub async fn kafka() -> World {
         let unique = uuid::Uuid::new_v4().simple().to_string()[..8].to_owned();
         World::Kafka { bootstrap: crate::support::Kafka::shared().await.bootstrap(), unique }
@@ -38,7 +38,7 @@ impl World {
     pub async fn log(&self) -> Arc<dyn Log> {
         match self {
             World::Embedded(folder) => Arc::new(EmbeddedLog::open(EmbeddedSettings::new(folder.path())).unwrap()),
-            #[cfg(any())]
+            #[cfg(feature = "kafka")]
             World::Kafka { bootstrap, unique } => {
                 let mut settings = tidegate::log::KafkaSettings::new(bootstrap);
                 settings.positions_topic = format!("tidegate.positions.{unique}");
@@ -51,7 +51,7 @@ impl World {
     pub fn name(&self, name: &str) -> String {
         match self {
             World::Embedded(_) => name.to_owned(),
-            #[cfg(any())]
+            #[cfg(feature = "kafka")]
             World::Kafka { unique, .. } => format!("{name}.{unique}"),
         }
     }
@@ -564,7 +564,7 @@ macro_rules! over_both_logs {
                 super::promises::$promise(super::World::embedded()).await;
             })*
         }
-        #[cfg(any())]
+        #[cfg(feature = "kafka")]
         mod over_kafka {
             $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
             async fn $promise() {
