@@ -148,10 +148,10 @@ pub struct Intent {
     pub document: Value,
 }
 
-const COLUMNS: &str = "system, object, local_key, table_name, external_json, base_doc, base_remote, remote_version, \
+pub(super) const COLUMNS: &str = "system, object, local_key, table_name, external_json, base_doc, base_remote, remote_version, \
      kept, intent, step, pushed_seq, flips, generation, deleted, extract(epoch FROM now() - updated_at)::float8";
 
-fn read(row: &Row) -> Result<Link, DatastoreError> {
+pub(super) fn read(row: &Row) -> Result<Link, DatastoreError> {
     let intent: Option<Value> = row.get(9);
     let intent = intent
         .map(serde_json::from_value)

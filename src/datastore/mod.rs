@@ -10,6 +10,7 @@ mod leases;
 mod links;
 mod migrations;
 mod origin;
+mod pages;
 mod parked;
 mod rows;
 mod settings;
@@ -19,7 +20,9 @@ use std::time::Duration;
 
 use deadpool_postgres::{Hook, HookError, Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
 
-pub use cursors::{Cursor, Held, drop_held, held, hold, load_cursor, save_cursor};
+pub use cursors::{
+    Cursor, Held, Hold, drop_held, drop_unlisted, held, held_count, hold, load_cursor, save_cursor, stale_cursors,
+};
 pub use deadpool_postgres::{Client, GenericClient, Transaction};
 pub use error::{DatastoreError, DatastoreErrorKind};
 pub use leases::{Lease, acquire_lease, lease_owner_alive, release_leases, renew_leases};
@@ -29,6 +32,10 @@ pub use links::{
 };
 pub use migrations::{Missing, setup_sql};
 pub use origin::tag;
+pub use pages::{
+    Access, ColumnFacts, PageLinks, PageRows, columns_of, id_text, insert_row, links_of_page, open_creates, rows_of_page,
+    rows_that_match, update_row,
+};
 pub use parked::{
     Command, NewParked, Parked, ParkedKind, ParkedSummary, command_parked, is_parked, list_parked, park, parked_counts,
     parked_queue, parked_ready, show_parked, unpark,

@@ -55,7 +55,7 @@ fn literal(text: &str) -> String {
 }
 
 /// SQL for the names of the table's `timestamptz` columns, arrays of them included.
-fn zoned(table: &TableName) -> String {
+pub(super) fn zoned(table: &TableName) -> String {
     format!(
         "(SELECT coalesce(json_agg(attname), '[]') FROM pg_attribute WHERE attrelid = {}::regclass AND attnum > 0 \
          AND NOT attisdropped AND atttypid IN ('timestamptz'::regtype, 'timestamptz[]'::regtype))",
@@ -64,7 +64,7 @@ fn zoned(table: &TableName) -> String {
 }
 
 /// `…+00:00` as `…Z`, as events have it.
-fn utc(row: &mut Value, zoned: &Value) {
+pub(super) fn utc(row: &mut Value, zoned: &Value) {
     fn fix(value: &mut Value) {
         match value {
             Value::String(text) if text.ends_with("+00:00") => {
@@ -247,6 +247,6 @@ pub async fn primary_key<C: GenericClient>(client: &C, table: &TableName) -> Res
     Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
-fn in_table(error: tokio_postgres::Error, table: &TableName) -> DatastoreError {
+pub(super) fn in_table(error: tokio_postgres::Error, table: &TableName) -> DatastoreError {
     DatastoreError::from(error).context(format!("table {table}"))
 }

@@ -71,6 +71,8 @@ CREATE TABLE tidegate.held (
     external_id text NOT NULL,
     record      json NOT NULL,
     reason      text NOT NULL,
+    push_seq    bigint NOT NULL DEFAULT 0,
+    cursor      json,
     attempts    int NOT NULL DEFAULT 1,
     held_at     timestamptz NOT NULL DEFAULT now(),
     retry_at    timestamptz NOT NULL DEFAULT now(),

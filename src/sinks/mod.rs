@@ -1,1 +1,3 @@
 //! Where batches go: the log, the datastore, a system over HTTP.
+
+pub mod datastore;

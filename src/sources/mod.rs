@@ -1,1 +1,3 @@
 //! Where batches come from: the WAL, a system over HTTP, the log.
+
+pub mod http;

@@ -4,12 +4,17 @@
 //! login apart): it says what became of the request, and whether it may have been applied is never guessed.
 
 mod answer;
+mod auth;
 mod breaker;
 mod budget;
+mod classes;
+mod headers;
+mod settings;
+mod system;
+mod template;
 
 pub use answer::{Answer, HttpRequest, HttpResponse};
-pub use breaker::{Breaker, BreakerSettings, BreakerState, Pass};
-pub use budget::{Budget, Limit, Turn};
-
-/// One system; every connector of it shares the one.
-pub struct System;
+pub use breaker::{BreakerSettings, BreakerState};
+pub use settings::SystemSettings;
+pub use system::System;
+pub use template::RequestTemplate;

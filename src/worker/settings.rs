@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::config::{self, ByteSize, ConfigError, NodeKind, Secret, Section, Spanned};
 use crate::datastore::DatastoreSettings;
 use crate::log::EmbeddedSettings;
-use crate::systems::System;
+use crate::systems::{System, SystemSettings};
 
 /// Where logs and state live when nothing else is said.
 const DATA: &str = "/var/lib/tidegate";
@@ -190,8 +190,18 @@ fn read_systems(section: &mut Section) -> Result<BTreeMap<String, Arc<System>>, 
         return Err(ConfigError::new(&node.place, "`systems` is a map of systems by name")
             .hint("systems: { erp: { base_url: \"https://erp.example/api\" } }"));
     };
-    for (name, _) in entries {
-        systems.insert(name.value, Arc::new(System));
+    let mut errors = Vec::new();
+    for (name, node) in entries {
+        let read = Section::new(node, &format!("system `{}`", name.value))
+            .and_then(|section| SystemSettings::read(&name.value, section))
+            .and_then(System::new);
+        match read {
+            Ok(system) => {
+                systems.insert(name.value, system);
+            }
+            Err(error) => errors.push(error),
+        }
     }
+    ConfigError::all(errors)?;
     Ok(systems)
 }

@@ -177,8 +177,20 @@ async fn a_cursor_and_a_lease_only_move_for_their_holder() {
     assert!(renew_leases(&client, "me", time).await.unwrap().is_empty());
     release_leases(&client, "you", &["l".into()]).await.unwrap();
 
-    hold(&client, "c", ("erp", "party", &json!(5)), &json!({"n": 1}), "pending", 0.0).await.unwrap();
-    hold(&client, "c", ("erp", "party", &json!(5)), &json!({"n": 2}), "pending", 0.0).await.unwrap();
+    let (id, cursor) = (json!(5), json!("2026-01-01T00:00:00Z"));
+    for record in [json!({"n": 1}), json!({"n": 2})] {
+        let waiting = Hold {
+            system: "erp",
+            object: "party",
+            id: &id,
+            record: &record,
+            reason: "pending",
+            push_seq: 3,
+            cursor: &cursor,
+            retry_s: 0.0,
+        };
+        hold(&client, "c", &waiting).await.unwrap();
+    }
     let due = held(&client, "c", true, 10).await.unwrap();
     assert_eq!((due.len(), &due[0].record, due[0].attempts), (1, &json!({"n": 2}), 2));
     drop_held(&client, "c", "party", &json!(5)).await.unwrap();

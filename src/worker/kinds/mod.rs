@@ -1,6 +1,8 @@
 //! The kinds of connectors, by their `type:`. One file a kind, all with the same entry points: `Settings::read`,
 //! `run`, `plan`, `preview`, `reset`, `forget`. A new kind is one file here and one line in [`read`].
 
+pub mod http_pull;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -47,12 +49,14 @@ pub const TYPES: [&str; 3] = ["postgres-source", "http-sink", "http-pull"];
 /// Reads the settings of a connector of this type; the caller finishes the section.
 pub fn read(
     kind: &Spanned<String>,
-    _section: &mut Section,
-    _world: &World<'_>,
+    section: &mut Section,
+    world: &World<'_>,
 ) -> Result<Arc<dyn Connector>, ConfigError> {
-    let known = TYPES.join(", ");
-    Err(ConfigError::new(&kind.place, format!("there is no connector type `{}`", **kind))
-        .hint(format!("known: {known}")))
+    match kind.as_str() {
+        "http-pull" => Ok(Arc::new(http_pull::Settings::read(section, world)?)),
+        other => Err(ConfigError::new(&kind.place, format!("there is no connector type `{other}`"))
+            .hint(format!("known: {}", TYPES.join(", ")))),
+    }
 }
 
 /// Removes what a connector of this kind has left in the datastore (a slot, say); says what was done.

@@ -1,0 +1,503 @@
+//! Deciding under the locks, and writing what was decided, each record under its own savepoint.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use serde_json::{Map, Value, json};
+use tokio_postgres::error::SqlState;
+
+use super::mapped::{Mapped, Means};
+use super::outcome::{Done, Outcome};
+use super::{Inside, Stopped, Table};
+use crate::datastore::{
+    Access, DatastoreError, DatastoreErrorKind, Hold, Link, LinkKey, NewParked, ParkedKind, Transaction, drop_held,
+    hold, id_text, insert_row, links_of_page, open_creates, park, rows_of_page, rows_that_match, save_link, unpark,
+    update_row,
+};
+use crate::event::Offset;
+use crate::log::ConsumedRecord;
+use crate::twoway::{Conflict, Direction, Incoming, MAX_FLIPS, Write, next_flips, same, what_to_write};
+
+/// Where a record's row was found.
+struct Target {
+    key: Map<String, Value>,
+    link: Option<Link>,
+    paired: bool,
+}
+
+enum Found {
+    Row(Target),
+    /// To be inserted.
+    None,
+    Outcome(Outcome),
+}
+
+impl Inside {
+    /// What becomes of each record. With [`Access::Lock`], links and then rows are locked in the order of their keys.
+    pub(super) async fn decide(
+        &self,
+        transaction: &Transaction<'_>,
+        table: &Table,
+        mapped: Vec<Mapped>,
+        access: Access,
+    ) -> Result<Vec<Outcome>, Stopped> {
+        let ids: Vec<String> = mapped.iter().map(|mapped| id_text(&mapped.id)).collect();
+        let page_links = links_of_page(transaction, &self.system, &self.object, &ids, access).await?;
+        let mut links: BTreeMap<String, Link> = page_links
+            .links
+            .into_iter()
+            .filter_map(|link| Some((id_text(link.external.as_ref()?), link)))
+            .collect();
+        let creating = open_creates(transaction, &self.system, &self.object).await?;
+        let mut found = Vec::with_capacity(mapped.len());
+        let mut outcomes = Vec::with_capacity(mapped.len());
+        for mapped in mapped {
+            let id = id_text(&mapped.id);
+            let busy = page_links.busy.contains(&id);
+            match self.find(transaction, table, mapped, links.remove(&id), busy, creating, access).await? {
+                (mapped, Found::Outcome(outcome)) => {
+                    debug_assert!(mapped.is_none());
+                    outcomes.push(outcome);
+                }
+                (Some(mapped), Found::Row(target)) => found.push((mapped, target)),
+                (Some(mapped), Found::None) => outcomes.push(self.insert(table, mapped)),
+                (None, Found::Row(_) | Found::None) => {}
+            }
+        }
+        let keys: Vec<Value> = found.iter().map(|(_, target)| Value::Object(target.key.clone())).collect();
+        let page_rows = rows_of_page(transaction, &self.settings.into, &table.key, &keys, access).await?;
+        for (mapped, target) in found {
+            let is_it = |row: &&Value| target.key.iter().all(|(column, value)| same(&row[column.as_str()], value));
+            outcomes.push(match page_rows.rows.iter().find(is_it) {
+                Some(row) => self.compare(mapped, target, row),
+                None if page_rows.busy.iter().any(|row| is_it(&row)) => {
+                    Outcome::Hold { mapped, why: "the row is locked by another transaction".to_owned() }
+                }
+                // Linked, and no row any more: deleted here; its delete is the sink's to deliver.
+                None if target.link.is_some() => Outcome::Skip { mapped, why: "its row was deleted here" },
+                None => self.insert(table, mapped),
+            });
+        }
+        Ok(outcomes)
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    async fn find(
+        &self,
+        transaction: &Transaction<'_>,
+        table: &Table,
+        mut mapped: Mapped,
+        link: Option<Link>,
+        busy: bool,
+        creating: bool,
+        access: Access,
+    ) -> Result<(Option<Mapped>, Found), Stopped> {
+        let row = match &mut mapped.means {
+            Means::Row(row) => row,
+            Means::Nothing(why) => {
+                let why = *why;
+                return Ok((None, Found::Outcome(Outcome::Skip { mapped, why })));
+            }
+            Means::Waits(why) => {
+                let why = std::mem::take(why);
+                return Ok((None, Found::Outcome(Outcome::Hold { mapped, why })));
+            }
+            Means::Bad(why) => {
+                let why = std::mem::take(why);
+                return Ok((None, Found::Outcome(Outcome::Reject { mapped, why })));
+            }
+        };
+        let own_key: Option<Map<String, Value>> = table
+            .key
+            .iter()
+            .map(|column| row.get(column).map(|value| (column.clone(), value.clone())))
+            .collect();
+        let own_key = match own_key {
+            Some(key) if key.values().any(Value::is_null) => {
+                let why = "the row it belongs to is not there yet (the map gives null for its key)".to_owned();
+                return Ok((None, Found::Outcome(Outcome::Hold { mapped, why })));
+            }
+            own_key => own_key,
+        };
+        if !self.settings.link {
+            return Ok(match own_key {
+                Some(key) => (Some(mapped), Found::Row(Target { key, link: None, paired: false })),
+                None => {
+                    let why = format!("without a link the map must give {}", table.key.join(", "));
+                    (None, Found::Outcome(Outcome::Reject { mapped, why }))
+                }
+            });
+        }
+        if busy {
+            let why = "its link is locked by a delivery".to_owned();
+            return Ok((None, Found::Outcome(Outcome::Hold { mapped, why })));
+        }
+        if let Some(link) = link {
+            if link.deleted {
+                return Ok((None, Found::Outcome(Outcome::Skip { mapped, why: "its row was deleted here" })));
+            }
+            if link.intent.is_some() || link.pushed_seq > mapped.push_seq {
+                let why = "it was sent to the system after this page was fetched".to_owned();
+                return Ok((None, Found::Outcome(Outcome::Hold { mapped, why })));
+            }
+            if link.table != self.settings.into.to_string() {
+                let why = format!("the record is linked to a row of {}; hint: set `link: false`", link.table);
+                return Ok((None, Found::Outcome(Outcome::Reject { mapped, why })));
+            }
+            let Value::Object(key) = link.key.key.clone() else {
+                let why = format!("the key {} of its link is no object", link.key.key);
+                return Ok((None, Found::Outcome(Outcome::Reject { mapped, why })));
+            };
+            return Ok((Some(mapped), Found::Row(Target { key, link: Some(link), paired: false })));
+        }
+        if creating {
+            let why = "it may be what a create under way has made".to_owned();
+            return Ok((None, Found::Outcome(Outcome::Hold { mapped, why })));
+        }
+        if let Some(key) = own_key {
+            return Ok((Some(mapped), Found::Row(Target { key, link: None, paired: true })));
+        }
+        let columns = &self.settings.match_columns;
+        let tells = |column: &String| row.get(column).is_some_and(|value| !value.is_null());
+        if !columns.is_empty() && columns.iter().all(tells) {
+            let values = Value::Object(row.clone());
+            let of = (self.system.as_str(), self.object.as_str());
+            let into = &self.settings.into;
+            let matching = rows_that_match(transaction, into, of, &table.key, columns, &values, access).await?;
+            if !matching.busy.is_empty() {
+                let why = "the row it matches is locked by another transaction".to_owned();
+                return Ok((None, Found::Outcome(Outcome::Hold { mapped, why })));
+            }
+            match matching.rows.as_slice() {
+                [] => {}
+                [row] => {
+                    let key = table.key.iter().map(|column| (column.clone(), row[column.as_str()].clone())).collect();
+                    return Ok((Some(mapped), Found::Row(Target { key, link: None, paired: true })));
+                }
+                _ => {
+                    let why = format!("several rows of {into} match it by {}", columns.join(", "));
+                    return Ok((None, Found::Outcome(Outcome::Reject { mapped, why })));
+                }
+            }
+        }
+        Ok((Some(mapped), Found::None))
+    }
+
+    fn insert(&self, _table: &Table, mapped: Mapped) -> Outcome {
+        if !self.settings.insert {
+            return Outcome::Skip { mapped, why: "it has no row here, and `insert` is false" };
+        }
+        match &mapped.means {
+            Means::Row(row) => Outcome::Insert { values: row.clone(), mapped },
+            _ => Outcome::Skip { mapped, why: "the map gives nothing" },
+        }
+    }
+
+    fn compare(&self, mapped: Mapped, target: Target, row: &Value) -> Outcome {
+        let empty = Map::new();
+        let row = row.as_object().unwrap_or(&empty);
+        let Means::Row(incoming) = &mapped.means else {
+            return Outcome::Skip { mapped, why: "the map gives nothing" };
+        };
+        let base = target.link.as_ref().and_then(|link| link.base_doc.as_ref()?.get("after")?.as_object());
+        // Without a link to say what was agreed: a row beside the linked one is upstream's in the columns that are
+        // mapped; so is a row found by its columns, unless the datastore is to win.
+        let row_base = match base {
+            Some(base) => Some(base),
+            None if !self.settings.link => Some(row),
+            None if target.link.is_none() && self.settings.policy.conflict == Conflict::Hold => Some(row),
+            // Linked, and never agreed on: not overwritten.
+            None => None,
+        };
+        let side = Incoming {
+            incoming,
+            incoming_base: mapped.before.as_ref(),
+            row,
+            row_base,
+            incoming_time: None,
+            row_time: None,
+        };
+        match what_to_write(&side, &self.settings.policy) {
+            Write::Row { columns, .. } if !columns.is_empty() && flips(target.link.as_ref()) > MAX_FLIPS => {
+                let names: Vec<_> = columns.keys().map(String::as_str).collect();
+                let why = format!("both sides undo each other's changes of {}; hint: look at triggers and maps", names.join(", "));
+                Outcome::Hold { mapped, why }
+            }
+            Write::Row { columns, agreed } => Outcome::Update {
+                key: target.key,
+                set: columns,
+                base: agreed,
+                link: target.link,
+                paired: target.paired,
+                mapped,
+            },
+            Write::Hold { columns } => {
+                Outcome::Hold { why: format!("the row has unsent changes in {}", columns.join(", ")), mapped }
+            }
+        }
+    }
+
+    // -- writing
+
+    pub(super) async fn write_one(
+        &self,
+        transaction: &Transaction<'_>,
+        table: &Table,
+        outcome: Outcome,
+        last: bool,
+    ) -> Result<Done, Stopped> {
+        match outcome {
+            Outcome::Skip { mapped, .. } => {
+                self.settled(transaction, &mapped).await?;
+                Ok(Done::Unchanged)
+            }
+            Outcome::Hold { mapped, why } => {
+                tracing::debug!(connector = self.connector, id = %mapped.id, why, "held back");
+                let held = Hold {
+                    system: &self.system,
+                    object: &self.object,
+                    id: &mapped.id,
+                    record: &mapped.record,
+                    reason: &why,
+                    push_seq: mapped.push_seq,
+                    cursor: &mapped.cursor,
+                    retry_s: self.settings.held_retry.as_secs_f64(),
+                };
+                hold(transaction, &self.connector, &held).await?;
+                Ok(Done::Held)
+            }
+            Outcome::Reject { mapped, why } => self.park(transaction, &mapped, why, None).await,
+            Outcome::Insert { mapped, values } => {
+                transaction.batch_execute("SAVEPOINT record").await?;
+                match self.insert_linked(transaction, table, &mapped, &values).await {
+                    Ok(()) => {
+                        transaction.batch_execute("RELEASE SAVEPOINT record").await?;
+                        self.settled(transaction, &mapped).await?;
+                        Ok(Done::Written)
+                    }
+                    Err(error) => self.refused(transaction, &mapped, json!({ "insert": values }), error, last).await,
+                }
+            }
+            Outcome::Update { mapped, key, set, base, link, .. } => {
+                transaction.batch_execute("SAVEPOINT record").await?;
+                match self.update_linked(transaction, &mapped, &key, &set, base, link).await {
+                    Ok(()) => {
+                        transaction.batch_execute("RELEASE SAVEPOINT record").await?;
+                        self.settled(transaction, &mapped).await?;
+                        Ok(if set.is_empty() { Done::Unchanged } else { Done::Written })
+                    }
+                    Err(error) => {
+                        let request = json!({ "update": key, "set": set });
+                        self.refused(transaction, &mapped, request, error, last).await
+                    }
+                }
+            }
+        }
+    }
+
+    async fn insert_linked(
+        &self,
+        transaction: &Transaction<'_>,
+        table: &Table,
+        mapped: &Mapped,
+        values: &Map<String, Value>,
+    ) -> Result<(), RowError> {
+        let row = insert_row(transaction, &self.settings.into, values).await?;
+        if !self.settings.link {
+            return Ok(());
+        }
+        let key: Map<String, Value> =
+            table.key.iter().map(|column| (column.clone(), row[column.as_str()].clone())).collect();
+        // What was meant, not what a trigger made of it (CORRECTNESS 15). A column that only a default can have
+        // filled is as it is; any other that was not mapped was meant to be empty.
+        let mut after = Map::new();
+        for column in &table.columns {
+            let value = match values.get(&column.name) {
+                Some(value) => value.clone(),
+                None if column.filled || key.contains_key(&column.name) => row[column.name.as_str()].clone(),
+                None => Value::Null,
+            };
+            after.insert(column.name.clone(), value);
+        }
+        let link_key =
+            LinkKey { system: self.system.clone(), object: self.object.clone(), key: Value::Object(key.clone()) };
+        let mut link = Link::new(link_key, self.settings.into.to_string());
+        link.base_doc = Some(json!({ "key": key, "after": after }));
+        self.remember(&mut link, mapped);
+        Ok(save_link(transaction, &link).await?)
+    }
+
+    async fn update_linked(
+        &self,
+        transaction: &Transaction<'_>,
+        mapped: &Mapped,
+        key: &Map<String, Value>,
+        set: &Map<String, Value>,
+        base: Map<String, Value>,
+        link: Option<Link>,
+    ) -> Result<(), RowError> {
+        if !set.is_empty() && update_row(transaction, &self.settings.into, key, set).await?.is_none() {
+            return Err(RowError::Rejected("the row is gone".to_owned()));
+        }
+        if !self.settings.link {
+            return Ok(());
+        }
+        let before = link.clone();
+        let mut link = match link {
+            Some(link) => link,
+            None => self.link_of(transaction, key).await?,
+        };
+        let document = link.base_doc.get_or_insert_with(|| json!({ "key": key, "after": {} }));
+        if let Some(after) = document.get_mut("after").and_then(Value::as_object_mut) {
+            for (column, value) in base {
+                // The same value in another spelling is no news.
+                if after.get(&column).is_none_or(|known| !same(known, &value)) {
+                    after.insert(column, value);
+                }
+            }
+        }
+        self.remember(&mut link, mapped);
+        if !set.is_empty() {
+            link.flips = flips(Some(&link));
+        }
+        if before.as_ref() != Some(&link) {
+            save_link(transaction, &link).await?;
+        }
+        Ok(())
+    }
+
+    /// The link of a row that has just been paired: new, or one that has no counterpart yet.
+    async fn link_of(&self, transaction: &Transaction<'_>, key: &Map<String, Value>) -> Result<Link, RowError> {
+        let of = LinkKey { system: self.system.clone(), object: self.object.clone(), key: Value::Object(key.clone()) };
+        match crate::datastore::lock_link(transaction, &of).await? {
+            Some(link) => match &link.external {
+                None => Ok(link),
+                Some(external) => Err(RowError::Rejected(format!("the row is linked to {external} already"))),
+            },
+            None => Ok(Link::new(of, self.settings.into.to_string())),
+        }
+    }
+
+    fn remember(&self, link: &mut Link, mapped: &Mapped) {
+        link.external = Some(mapped.id.clone());
+        link.base_remote = Some(mapped.record.clone());
+        for (name, value) in &mapped.kept {
+            link.kept.insert(name.clone(), value.clone());
+        }
+    }
+
+    /// The record is applied, or there is nothing to apply: what was held or parked of it is over.
+    async fn settled(&self, transaction: &Transaction<'_>, mapped: &Mapped) -> Result<(), Stopped> {
+        drop_held(transaction, &self.connector, &self.object, &mapped.id).await?;
+        unpark(transaction, &self.connector, &parked_key(&mapped.id), &self.letter(mapped)).await?;
+        Ok(())
+    }
+
+    /// After an error under the savepoint: parks the record, or gives the page up for another try.
+    async fn refused(
+        &self,
+        transaction: &Transaction<'_>,
+        mapped: &Mapped,
+        request: Value,
+        error: RowError,
+        last: bool,
+    ) -> Result<Done, Stopped> {
+        let why = match error {
+            RowError::Rejected(why) => why,
+            RowError::Taken(why) if last => why,
+            RowError::Taken(why) => return Err(Stopped::Again(why)),
+            RowError::Stopped(stopped) => return Err(stopped),
+        };
+        transaction.batch_execute("ROLLBACK TO SAVEPOINT record; RELEASE SAVEPOINT record").await?;
+        self.park(transaction, mapped, why, Some(request)).await
+    }
+
+    async fn park(
+        &self,
+        transaction: &Transaction<'_>,
+        mapped: &Mapped,
+        why: String,
+        request: Option<Value>,
+    ) -> Result<Done, Stopped> {
+        tracing::warn!(connector = self.connector, id = %mapped.id, reason = why, "a record is parked");
+        let parked = NewParked {
+            kind: ParkedKind::Rejected,
+            waits_for: None,
+            reason: why,
+            request,
+            response: None,
+            deadline_s: None,
+        };
+        park(transaction, &self.connector, &parked_key(&mapped.id), &self.letter(mapped), &parked).await?;
+        drop_held(transaction, &self.connector, &self.object, &mapped.id).await?;
+        Ok(Done::Parked)
+    }
+
+    /// A record of a system has no place in the log: its id stands for partition and offset, so that the newest
+    /// record of an id replaces the one that is parked.
+    fn letter(&self, mapped: &Mapped) -> ConsumedRecord {
+        let id = id_text(&mapped.id);
+        ConsumedRecord {
+            topic: Arc::from(format!("{}/{}", self.system, self.object)),
+            partition: 0,
+            offset: Offset(letter_offset(&id)),
+            timestamp_ms: chrono::Utc::now().timestamp_millis(),
+            key: Some(id.into_bytes().into()),
+            value: Some(mapped.record.to_string().into_bytes().into()),
+            headers: Vec::new(),
+        }
+    }
+}
+
+/// The link's count of changes of direction, after one more write by a pull.
+fn flips(link: Option<&Link>) -> i32 {
+    link.map_or(1, |link| next_flips(link.flips, Direction::Pull, link.quiet_s))
+}
+
+pub fn parked_key(id: &Value) -> Value {
+    json!({ "id": id })
+}
+
+/// 63 bits of FNV-1a: the same for the same id, wherever and whenever.
+fn letter_offset(id: &str) -> i64 {
+    let mut hash: u64 = 0xcbf2_9ce4_8422_2325;
+    for byte in id.bytes() {
+        hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    }
+    i64::try_from(hash >> 1).unwrap_or(i64::MAX)
+}
+
+/// Why one row could not be written.
+enum RowError {
+    /// The record's own fault.
+    Rejected(String),
+    /// A unique key is taken: by a transaction that came first, or for good.
+    Taken(String),
+    Stopped(Stopped),
+}
+
+impl From<tokio_postgres::Error> for RowError {
+    fn from(error: tokio_postgres::Error) -> Self {
+        let code = error.code().cloned();
+        let error = DatastoreError::from(error);
+        match code {
+            Some(code) if code == SqlState::UNIQUE_VIOLATION => RowError::Taken(error.message),
+            // Data exceptions, integrity constraints, what triggers raise, values that don't fit a generated column.
+            Some(code) if matches!(code.code().get(..2), Some("22" | "23" | "P0" | "27" | "44")) => {
+                RowError::Rejected(error.message)
+            }
+            Some(code) if code.code() == "428C9" => RowError::Rejected(error.message),
+            _ => RowError::Stopped(error.into()),
+        }
+    }
+}
+
+impl From<DatastoreError> for RowError {
+    fn from(error: DatastoreError) -> Self {
+        match error.kind {
+            DatastoreErrorKind::Conflict if error.message.contains("23505") => RowError::Taken(error.message),
+            DatastoreErrorKind::Rejected => RowError::Rejected(error.message),
+            _ => RowError::Stopped(error.into()),
+        }
+    }
+}

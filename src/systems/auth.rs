@@ -1,0 +1,194 @@
+//! How a system knows us. A token got by a login request is shared by every request of the system, fetched once
+//! however many wait for it, and fetched anew where the system no longer takes it.
+//!
+//! No token and no secret ever reaches a log, an error or a dead letter: they are put into the request last.
+
+use base64::Engine;
+use reqwest::header::{AUTHORIZATION, HeaderName, HeaderValue};
+use secrecy::ExposeSecret;
+use serde_json::Value;
+
+use super::classes::statuses;
+use super::{HttpRequest, HttpResponse, RequestTemplate};
+use crate::config::{ConfigError, Secret, Section, Spanned};
+use crate::mapping::{Compiler, Escape, Scope, Template};
+
+pub enum AuthSettings {
+    None,
+    /// The header's value does not change.
+    Header { name: HeaderName, value: HeaderValue },
+    /// An API key as a query parameter.
+    Query { name: String, value: Secret },
+    Login(Box<Login>),
+}
+
+/// `type: login`: a request whose answer gives a token.
+pub struct Login {
+    request: RequestTemplate,
+    secret: Option<Secret>,
+    name: HeaderName,
+    value: Template,
+    /// Statuses that ask for a new login.
+    again_on: Vec<(u16, u16)>,
+    token: tokio::sync::Mutex<Option<Token>>,
+}
+
+/// A header's value, and how many logins led to it.
+#[derive(Clone)]
+pub struct Token {
+    pub value: HeaderValue,
+    pub generation: u64,
+}
+
+/// What goes into a request.
+#[derive(Clone)]
+pub enum Credentials {
+    None,
+    Header { name: HeaderName, value: HeaderValue, generation: Option<u64> },
+    Query { name: String, value: Secret },
+}
+
+impl AuthSettings {
+    pub fn read(mut section: Section, compiler: &Compiler) -> Result<Self, ConfigError> {
+        let kind: Spanned<String> = section.require("type")?;
+        let auth = match kind.as_str() {
+            "none" => AuthSettings::None,
+            "bearer" => {
+                let token: Secret = section.require("token")?;
+                Self::header(&section, "token", AUTHORIZATION, format!("Bearer {}", token.expose_secret()))?
+            }
+            "basic" => {
+                let username: String = section.require("username")?;
+                let password: Secret = section.require("password")?;
+                let pair = format!("{username}:{}", password.expose_secret());
+                let value = format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(pair));
+                Self::header(&section, "password", AUTHORIZATION, value)?
+            }
+            "api_key" => {
+                let key: Secret = section.require("key")?;
+                let header: Option<Spanned<String>> = section.take("header")?;
+                match section.take::<String>("param")? {
+                    Some(_) if header.is_some() => {
+                        return Err(section.error("param", "an API key goes into a `header` or a `param`, not both"));
+                    }
+                    Some(name) => AuthSettings::Query { name, value: key },
+                    None => {
+                        let name = match &header {
+                            Some(header) => header_name(header)?,
+                            None => HeaderName::from_static("x-api-key"),
+                        };
+                        Self::header(&section, "key", name, key.expose_secret().to_owned())?
+                    }
+                }
+            }
+            "login" => AuthSettings::Login(Box::new(Login::read(&mut section, compiler)?)),
+            other => {
+                return Err(ConfigError::new(&kind.place, format!("`{other}` is no type of auth"))
+                    .hint("one of: bearer, basic, api_key, login, none"));
+            }
+        };
+        section.finish()?;
+        Ok(auth)
+    }
+
+    fn header(section: &Section, setting: &str, name: HeaderName, value: String) -> Result<Self, ConfigError> {
+        match secret_value(&value) {
+            Some(value) => Ok(AuthSettings::Header { name, value }),
+            None => Err(section
+                .error(setting, format!("`{setting}` holds characters that no HTTP header may hold"))
+                .hint("is there a line break at the end of the file it comes from?")),
+        }
+    }
+}
+
+fn header_name(name: &Spanned<String>) -> Result<HeaderName, ConfigError> {
+    HeaderName::try_from(name.value.trim())
+        .map_err(|_| ConfigError::new(&name.place, format!("`{}` is no name of a header", name.value)))
+}
+
+fn secret_value(value: &str) -> Option<HeaderValue> {
+    let mut value = HeaderValue::try_from(value).ok()?;
+    value.set_sensitive(true);
+    Some(value)
+}
+
+impl Login {
+    fn read(section: &mut Section, compiler: &Compiler) -> Result<Self, ConfigError> {
+        let request = RequestTemplate::from_section(&mut *section, compiler)?;
+        let secret: Option<Secret> = section.take("secret")?;
+        let header: Spanned<String> = section.require("header")?;
+        let Some((name, value)) = header.value.split_once(':') else {
+            return Err(ConfigError::new(&header.place, "`header` must be a header's name and value")
+                .hint("for example `header: \"Authorization: Bearer {{ .access_token }}\"`"));
+        };
+        let value = Spanned::new(value.trim().to_owned(), header.place.clone());
+        let name = Spanned::new(name.to_owned(), header.place.clone());
+        let again_on = match section.node("again.on")? {
+            Some(node) => statuses(&node, "again.on")?,
+            None => vec![(401, 401)],
+        };
+        Ok(Login {
+            request,
+            secret,
+            name: header_name(&name)?,
+            value: compiler.template(&value, Escape::None)?,
+            again_on,
+            token: tokio::sync::Mutex::new(None),
+        })
+    }
+
+    fn scope(&self) -> Scope<'_> {
+        Scope { secret: self.secret.as_ref().map(ExposeSecret::expose_secret), ..Scope::default() }
+    }
+
+    pub fn asks_again(&self, status: u16) -> bool {
+        self.again_on.iter().any(|(low, high)| (*low..=*high).contains(&status))
+    }
+
+    pub fn request(&self) -> Result<HttpRequest, String> {
+        let request = self.request.render(&Value::Null, &self.scope());
+        request.map(|request| request.purpose("login")).map_err(|error| format!("the login request: {error}"))
+    }
+
+    /// The token that a login's answer gives. The answer itself is never shown: it holds the token.
+    fn token(&self, response: &HttpResponse, generation: u64) -> Result<Token, String> {
+        let wrong = |_| format!("the login's answer (status {}) does not fit `auth.header`", response.status);
+        let text = self.value.render(&response.body, &self.scope()).map_err(wrong)?;
+        match secret_value(&text) {
+            Some(value) => Ok(Token { value, generation }),
+            None => Err("the login's answer gives no value that a header may hold".to_owned()),
+        }
+    }
+
+    /// The token at hand, or a new one where there is none or `stale` is the one at hand. `log_in` sends the login
+    /// request; whoever comes while it is under way waits for its outcome.
+    pub async fn credentials<E, F>(&self, stale: Option<u64>, log_in: F) -> Result<Credentials, LoginError<E>>
+    where
+        F: AsyncFnOnce(HttpRequest) -> Result<HttpResponse, E>,
+    {
+        let mut token = self.token.lock().await;
+        let generation = token.as_ref().map_or(0, |token| token.generation);
+        if token.is_none() || stale == Some(generation) {
+            let request = self.request().map_err(LoginError::Settings)?;
+            let response = log_in(request).await.map_err(LoginError::Sending)?;
+            if !(200..300).contains(&response.status) {
+                return Err(LoginError::Refused(response.status));
+            }
+            *token = Some(self.token(&response, generation + 1).map_err(LoginError::Settings)?);
+        }
+        match &*token {
+            Some(Token { value, generation }) => Ok(Credentials::Header {
+                name: self.name.clone(),
+                value: value.clone(),
+                generation: Some(*generation),
+            }),
+            None => Ok(Credentials::None),
+        }
+    }
+}
+
+pub enum LoginError<E> {
+    Sending(E),
+    Refused(u16),
+    Settings(String),
+}

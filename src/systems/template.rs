@@ -1,0 +1,114 @@
+//! The template of a request: `POST /path`, or a map of it with params, headers and a body.
+//!
+//! Shared by what sends to a system and what pulls from it, so that a request reads the same everywhere.
+
+use std::time::Duration;
+
+use reqwest::Method;
+use serde_json::Value;
+
+use super::HttpRequest;
+use crate::config::{ConfigError, Node, Section, Spanned};
+use crate::mapping::{Compiler, Escape, MapError, Program, Scope, Template, Tree};
+
+#[derive(Clone)]
+pub struct RequestTemplate {
+    pub method: Method,
+    /// The path as it stands in the file, for messages.
+    pub text: String,
+    path: Template,
+    params: Option<Tree>,
+    headers: Option<Tree>,
+    timeout: Option<Duration>,
+    /// Gives the body (`map`, or `body`); for a sink `None` means the connector's own map.
+    pub body: Option<Program>,
+    /// Of the response: the counterpart's external id.
+    pub id: Option<Program>,
+    /// Of the response: facts kept in the link.
+    pub keep: Option<Program>,
+}
+
+impl RequestTemplate {
+    /// `POST /path`, or a map with `request`, `params`, `headers`, `map`, `id`, `keep`, `timeout`.
+    pub fn read(node: &Node, compiler: &Compiler) -> Result<Self, ConfigError> {
+        if node.is_map() {
+            let mut section = Section::new(node.clone(), "request")?;
+            let request = Self::from_section(&mut section, compiler)?;
+            section.finish()?;
+            return Ok(request);
+        }
+        Self::from_line(&node.text("request")?, compiler)
+    }
+
+    /// Takes the settings of a request out of a section that has others too: `request` must be there, `params`,
+    /// `headers`, `map` or `body`, `id`, `keep` and `timeout` may.
+    pub fn from_section(section: &mut Section, compiler: &Compiler) -> Result<Self, ConfigError> {
+        let line: Spanned<String> = section.require("request")?;
+        let mut request = Self::from_line(&line, compiler)?;
+        request.take_params(section, compiler)?;
+        request.body = match section.take::<Spanned<String>>("map")? {
+            Some(text) => Some(compiler.jq(&text)?),
+            None => section.take::<Spanned<String>>("body")?.map(|text| compiler.jq(&text)).transpose()?,
+        };
+        request.id = section.take::<Spanned<String>>("id")?.map(|text| compiler.jq(&text)).transpose()?;
+        request.keep = section.take::<Spanned<String>>("keep")?.map(|text| compiler.jq(&text)).transpose()?;
+        Ok(request)
+    }
+
+    /// Takes only `params`, `headers` and `timeout`.
+    pub fn take_params(&mut self, section: &mut Section, compiler: &Compiler) -> Result<(), ConfigError> {
+        self.params = section.node("params")?.map(|node| compiler.tree(&node)).transpose()?;
+        self.headers = section.node("headers")?.map(|node| compiler.tree(&node)).transpose()?;
+        self.timeout = section.take("timeout")?;
+        Ok(())
+    }
+
+    /// `POST /path?query`: the method may be left out where it is GET.
+    pub fn from_line(line: &Spanned<String>, compiler: &Compiler) -> Result<Self, ConfigError> {
+        let text = line.value.trim();
+        let (method, path) = match text.split_once(char::is_whitespace) {
+            Some((method, path)) if !text.starts_with('/') => (method, path.trim_start()),
+            _ => ("GET", text),
+        };
+        let example = "a request is a method and a path below the system's base_url: `POST /orders/{{ .id }}`";
+        let wrong = |message: String| ConfigError::new(&line.place, message).hint(example);
+        let method = match Method::from_bytes(method.as_bytes()) {
+            Ok(known) if KNOWN_METHODS.contains(&known.as_str()) => known,
+            _ => return Err(wrong(format!("`{method}` is no HTTP method"))),
+        };
+        if !(path.starts_with('/') || path.starts_with("http://") || path.starts_with("https://")) {
+            return Err(wrong(format!("the path `{path}` must begin with `/`")));
+        }
+        let path_text = Spanned::new(path.to_owned(), line.place.clone());
+        Ok(RequestTemplate {
+            method,
+            text: path.to_owned(),
+            path: compiler.template(&path_text, Escape::Path)?,
+            params: None,
+            headers: None,
+            timeout: None,
+            body: None,
+            id: None,
+            keep: None,
+        })
+    }
+
+    /// The request for `input`. Its body is what [`RequestTemplate::body`] gives; without one it has none.
+    pub fn render(&self, input: &Value, scope: &Scope<'_>) -> Result<HttpRequest, MapError> {
+        let pairs = |tree: &Option<Tree>| match tree {
+            Some(tree) => tree.render(input, scope),
+            None => Ok(Vec::new()),
+        };
+        Ok(HttpRequest {
+            method: self.method.clone(),
+            path: self.path.render(input, scope)?,
+            query: pairs(&self.params)?,
+            headers: pairs(&self.headers)?,
+            body: self.body.as_ref().map(|body| body.first(input, scope)).transpose()?,
+            timeout: self.timeout,
+            purpose: "request",
+        })
+    }
+}
+
+const KNOWN_METHODS: [&str; 6] = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"];

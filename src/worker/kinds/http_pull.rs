@@ -1,0 +1,131 @@
+//! `type: http-pull`: a system's records into a table of the datastore.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use chrono::{DateTime, SecondsFormat, Utc};
+use serde_json::{Value, json};
+
+use super::{Connector, Identity, World};
+use crate::config::{ConfigError, Section, Spanned};
+use crate::datastore::{load_cursor, save_cursor};
+use crate::pipeline::{self, ConnectorContext, Fault, Plan, PlanStep, ResetTo};
+use crate::sinks::datastore::{DatastoreSink, TableSettings};
+use crate::sources::http::{HttpSource, PullSettings};
+
+pub struct Settings {
+    system: String,
+    object: String,
+    pull: Arc<PullSettings>,
+    table: Arc<TableSettings>,
+}
+
+impl Settings {
+    pub fn read(section: &mut Section, world: &World<'_>) -> Result<Self, ConfigError> {
+        let name: Spanned<String> = section.require("system")?;
+        let Some(system) = world.systems.get(name.as_str()) else {
+            let known: Vec<&str> = world.systems.keys().map(String::as_str).collect();
+            let error = ConfigError::new(&name.place, format!("there is no system `{}`", name.as_str()));
+            return Err(match known.is_empty() {
+                true => error.hint("systems are set in the worker's file, under `systems`"),
+                false => error.hint(format!("known: {}", known.join(", "))),
+            });
+        };
+        let object: String = section.require("object")?;
+        let table = TableSettings::read(section, system.compiler(), &object)?;
+        let pull = PullSettings::read(section, Arc::clone(system), object.clone())?;
+        Ok(Settings { system: name.value, object, pull: Arc::new(pull), table: Arc::new(table) })
+    }
+
+    fn source(&self, context: &ConnectorContext) -> HttpSource {
+        HttpSource::new(
+            Arc::clone(&self.pull),
+            Arc::clone(&context.name),
+            context.datastore.clone(),
+            Arc::clone(&context.status),
+        )
+    }
+
+    fn sink(&self, context: &ConnectorContext) -> DatastoreSink {
+        DatastoreSink::new(
+            &context.name,
+            (&self.system, &self.object),
+            Arc::clone(&self.table),
+            context.datastore.clone(),
+            Arc::clone(&context.status),
+        )
+    }
+}
+
+#[async_trait]
+impl Connector for Settings {
+    fn identity(&self) -> Identity {
+        Identity::from([
+            ("system".to_owned(), self.system.clone()),
+            ("object".to_owned(), self.object.clone()),
+            ("into".to_owned(), self.table.into.to_string()),
+        ])
+    }
+
+    fn groups(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    async fn run(&self, context: ConnectorContext) -> Result<(), Fault> {
+        pipeline::run(self.source(&context), self.sink(&context), &context).await
+    }
+
+    async fn plan(&self, context: &ConnectorContext) -> Result<Plan, Fault> {
+        let client = context.datastore.client().await?;
+        let cursor = match load_cursor(&client, &context.name).await {
+            Ok(stored) => stored.cursor.get("cursor").cloned().unwrap_or_default(),
+            // Before the first start there is no table of cursors yet.
+            Err(_) => Value::Null,
+        };
+        let from = match cursor {
+            Value::Null => "from the beginning".to_owned(),
+            cursor => format!("from {cursor}"),
+        };
+        let step = PlanStep {
+            action: "keep",
+            what: "table",
+            name: self.table.into.to_string(),
+            detail: Some(format!("reads {} of '{}' {from}", self.object, self.system)),
+        };
+        Ok(Plan { steps: vec![step], dba_sql: Vec::new(), problems: self.sink(context).problems().await? })
+    }
+
+    /// What the first page of a run would do to the table now; nothing is written.
+    async fn preview(&self, context: &ConnectorContext, limit: usize) -> Result<Vec<Value>, Fault> {
+        let mut page = self.source(context).preview().await?;
+        page.records.truncate(limit);
+        self.sink(context).preview(&page).await
+    }
+
+    async fn reset(&self, context: &ConnectorContext, to: &ResetTo) -> Result<String, Fault> {
+        let time = |ms: i64| {
+            let time = DateTime::<Utc>::from_timestamp_millis(ms);
+            let time = time.ok_or_else(|| Fault::stop(format!("{ms} ms is no time")))?;
+            Ok::<_, Fault>(Value::from(time.to_rfc3339_opts(SecondsFormat::Secs, true)))
+        };
+        let cursor = match to {
+            ResetTo::Beginning => Value::Null,
+            ResetTo::Cursor(cursor) => cursor.clone(),
+            ResetTo::End => time(Utc::now().timestamp_millis())?,
+            ResetTo::TimeMs(ms) => time(*ms)?,
+            ResetTo::Offset(_) => {
+                return Err(Fault::stop("a pull has a cursor and no offsets; hint: give a time or a cursor"));
+            }
+        };
+        if !cursor.is_null() && !self.pull.is_incremental() {
+            return Err(Fault::stop("this pull reads everything in every run: it has no cursor to move"));
+        }
+        let client = context.datastore.client().await?;
+        let stored = load_cursor(&client, &context.name).await?;
+        save_cursor(&client, &context.name, &json!({ "cursor": cursor }), stored.generation).await?;
+        Ok(match cursor {
+            Value::Null => format!("'{}' reads everything again", context.name),
+            cursor => format!("'{}' goes on from {cursor}", context.name),
+        })
+    }
+}
