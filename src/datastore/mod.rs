@@ -33,8 +33,8 @@ pub use links::{
 pub use migrations::{Missing, setup_sql};
 pub use origin::tag;
 pub use pages::{
-    Access, ColumnFacts, PageLinks, PageRows, columns_of, id_text, insert_row, links_of_page, open_creates, rows_of_page,
-    rows_that_match, update_row,
+    Access, ColumnFacts, PageLinks, PageRows, columns_of, id_text, insert_row, links_of_page, open_creates,
+    rows_of_page, rows_that_match, update_row,
 };
 pub use parked::{
     Command, NewParked, Parked, ParkedKind, ParkedSummary, command_parked, is_parked, list_parked, park, parked_counts,

@@ -111,14 +111,16 @@ pub async fn rows_of_page<C: GenericClient>(
         )
     };
     let keys_json = Value::Array(keys.to_vec());
-    let select = client.prepare_cached(&statement(&access.clause("t"))).await.map_err(|error| in_table(error, table))?;
+    let select =
+        client.prepare_cached(&statement(&access.clause("t"))).await.map_err(|error| in_table(error, table))?;
     let rows = client.query(&select, &[&keys_json]).await.map_err(|error| in_table(error, table))?;
     let rows: Vec<Value> = rows.iter().map(shown).collect();
     let mut busy = Vec::new();
     if access == Access::Lock && rows.len() < keys.len() {
         let select = client.prepare_cached(&statement("")).await.map_err(|error| in_table(error, table))?;
         let there = client.query(&select, &[&keys_json]).await.map_err(|error| in_table(error, table))?;
-        let key = |row: &Value| -> Vec<Value> { key_columns.iter().map(|column| row[column.as_str()].clone()).collect() };
+        let key =
+            |row: &Value| -> Vec<Value> { key_columns.iter().map(|column| row[column.as_str()].clone()).collect() };
         let locked: Vec<Vec<Value>> = rows.iter().map(key).collect();
         busy = there.iter().map(shown).filter(|row| !locked.contains(&key(row))).collect();
     }
@@ -158,7 +160,8 @@ pub async fn rows_that_match<C: GenericClient>(
     if access == Access::Look || there.is_empty() {
         return Ok(PageRows { rows: there, busy: Vec::new() });
     }
-    let select = client.prepare_cached(&statement(&access.clause("t"))).await.map_err(|error| in_table(error, table))?;
+    let select =
+        client.prepare_cached(&statement(&access.clause("t"))).await.map_err(|error| in_table(error, table))?;
     let rows = client.query(&select, &[values, &system, &object]).await.map_err(|error| in_table(error, table))?;
     let rows: Vec<Value> = rows.iter().map(shown).collect();
     let busy = if rows.len() < there.len() { there } else { Vec::new() };
@@ -174,10 +177,7 @@ pub struct ColumnFacts {
 }
 
 /// Columns of a table in their order; empty where there is no such table.
-pub async fn columns_of<C: GenericClient>(
-    client: &C,
-    table: &TableName,
-) -> Result<Vec<ColumnFacts>, DatastoreError> {
+pub async fn columns_of<C: GenericClient>(client: &C, table: &TableName) -> Result<Vec<ColumnFacts>, DatastoreError> {
     let rows = client
         .query(
             "SELECT attname::text, atthasdef OR attidentity <> '' FROM pg_attribute \

@@ -20,14 +20,14 @@ use async_trait::async_trait;
 use serde_json::Value;
 
 use crate::datastore::{
-    Access, ColumnFacts, Datastore, DatastoreError, DatastoreErrorKind, columns_of, drop_unlisted,
-    primary_key, save_cursor, tag,
+    Access, ColumnFacts, Datastore, DatastoreError, DatastoreErrorKind, columns_of, drop_unlisted, primary_key,
+    save_cursor, tag,
 };
 use crate::event::Origin;
 use crate::pipeline::{Counts, Destination, Fault, Status, Written};
 use crate::sources::http::Page;
 
-pub use outcome::{Done, Outcome};
+use outcome::{Decided, Done};
 pub use settings::TableSettings;
 
 /// Tries of one page when another transaction gets in its way.
@@ -107,7 +107,7 @@ impl DatastoreSink {
         let mapped = inside.map(&client, page, &table).await?;
         let transaction = client.build_transaction().read_only(true).start().await.map_err(DatastoreError::from)?;
         match inside.decide(&transaction, &table, mapped, Access::Look).await {
-            Ok(outcomes) => Ok(outcomes.iter().map(Outcome::to_json).collect()),
+            Ok(decided) => Ok(decided.iter().map(Decided::to_json).collect()),
             Err(Stopped::Again(reason)) => Err(Fault::retry(reason)),
             Err(Stopped::Fault(fault)) => Err(fault),
         }
@@ -130,7 +130,8 @@ impl DatastoreSink {
             .map(|column| format!("table {into} has no column '{column}'"))
             .collect();
         if inside.settings.key.is_none() && primary_key(&client, into).await?.is_empty() {
-            problems.push(format!("table {into} has no primary key; name the columns that tell its rows apart as `key`"));
+            problems
+                .push(format!("table {into} has no primary key; name the columns that tell its rows apart as `key`"));
         }
         Ok(problems)
     }
@@ -190,7 +191,8 @@ impl Inside {
                 Err(Stopped::Fault(fault)) => return Err(fault),
                 Err(Stopped::Again(reason)) => {
                     tracing::debug!(connector = self.connector, reason, "a page is written again");
-                    metrics::counter!("tidegate_pull_conflicts_total", "connector" => self.connector.clone()).increment(1);
+                    metrics::counter!("tidegate_pull_conflicts_total", "connector" => self.connector.clone())
+                        .increment(1);
                     last = reason;
                 }
             }
@@ -213,11 +215,9 @@ impl Inside {
             self.settings.lock_timeout.as_millis()
         );
         transaction.batch_execute(&settings).await?;
-        let outcomes = self.decide(&transaction, table, mapped, Access::Lock).await?;
         let mut counts = Counts::default();
-        for outcome in outcomes {
-            let done = self.write_one(&transaction, table, outcome, last).await?;
-            match done {
+        for decided in self.decide(&transaction, table, mapped, Access::Lock).await? {
+            match self.write_one(&transaction, table, decided, last).await? {
                 Done::Written => counts.applied += 1,
                 Done::Unchanged => counts.skipped += 1,
                 Done::Parked => counts.rejected += 1,

@@ -71,9 +71,12 @@ impl PullSettings {
         let records: Option<Spanned<String>> = section.take("records")?;
         let records = records.unwrap_or_else(|| Spanned::new(".".to_owned(), section.place().clone()));
         let records = compiler.jq(&records)?;
-        let incremental = section.section("incremental")?.map(|inner| Incremental::read(inner, compiler)).transpose()?;
+        let incremental =
+            section.section("incremental")?.map(|inner| Incremental::read(inner, compiler)).transpose()?;
         if paginator.needs_cursor() && incremental.is_none() {
-            return Err(section.missing("incremental").hint("a `single` listing with a `limit` is asked again from its cursor"));
+            return Err(section
+                .missing("incremental")
+                .hint("a `single` listing with a `limit` is asked again from its cursor"));
         }
         let schedule = Schedule::read(section)?;
         Ok(PullSettings { object, request, paginator, records, incremental, schedule, system })
@@ -191,7 +194,8 @@ impl HttpSource {
         self.load().await?;
         let state = self.state.clone().unwrap_or_default();
         let run = self.begin(&state).await?;
-        let fetched = fetch(Arc::clone(&self.settings), self.datastore.clone(), run.since.clone(), Position::Start).await?;
+        let fetched =
+            fetch(Arc::clone(&self.settings), self.datastore.clone(), run.since.clone(), Position::Start).await?;
         let Some(response) = &fetched.response else {
             return Ok(Page { records: Vec::new(), save: None, bytes: 0 });
         };
@@ -228,11 +232,7 @@ impl HttpSource {
         let (mut since, mut high) = (Value::Null, Value::Null);
         if let Some(incremental) = &self.settings.incremental {
             high = if state.cursor.is_null() { incremental.initial.clone() } else { state.cursor.clone() };
-            since = if state.cursor.is_null() {
-                high.clone()
-            } else {
-                incremental.back(&high).map_err(Fault::stop)?
-            };
+            since = if state.cursor.is_null() { high.clone() } else { incremental.back(&high).map_err(Fault::stop)? };
             // What a delivery has overtaken is listed again from where it was.
             for stale in stale_cursors(&client, &self.connector).await? {
                 if !stale.is_null() && order(&stale, &since).is_lt() {
@@ -430,7 +430,9 @@ impl HttpSource {
         if self.settings.incremental.is_some() {
             self.status.set_fact("cursor", state.cursor.clone());
         }
-        let time = |time: Option<DateTime<Utc>>| time.map_or(Value::Null, |time| json!(time.to_rfc3339_opts(chrono::SecondsFormat::Secs, true)));
+        let time = |time: Option<DateTime<Utc>>| {
+            time.map_or(Value::Null, |time| json!(time.to_rfc3339_opts(chrono::SecondsFormat::Secs, true)))
+        };
         self.status.set_fact("last_run", time(state.last_run));
         let due = self.settings.schedule.due(state.last_run);
         self.status.set_fact("next_run", time(due.map(|due| due.max(Utc::now()))));

@@ -16,9 +16,15 @@ use crate::mapping::{Compiler, Escape, Scope, Template};
 pub enum AuthSettings {
     None,
     /// The header's value does not change.
-    Header { name: HeaderName, value: HeaderValue },
+    Header {
+        name: HeaderName,
+        value: HeaderValue,
+    },
     /// An API key as a query parameter.
-    Query { name: String, value: Secret },
+    Query {
+        name: String,
+        value: Secret,
+    },
     Login(Box<Login>),
 }
 
@@ -177,11 +183,9 @@ impl Login {
             *token = Some(self.token(&response, generation + 1).map_err(LoginError::Settings)?);
         }
         match &*token {
-            Some(Token { value, generation }) => Ok(Credentials::Header {
-                name: self.name.clone(),
-                value: value.clone(),
-                generation: Some(*generation),
-            }),
+            Some(Token { value, generation }) => {
+                Ok(Credentials::Header { name: self.name.clone(), value: value.clone(), generation: Some(*generation) })
+            }
             None => Ok(Credentials::None),
         }
     }

@@ -77,7 +77,10 @@ mod tests {
         let reset = (Utc::now().timestamp() + 20).to_string();
         let used_up = response(200, &[("x-ratelimit-remaining", "0"), ("x-ratelimit-reset", &reset)]);
         assert!(pause(&used_up).is_some_and(|wait| wait > Duration::from_secs(15)));
-        assert_eq!(pause(&response(200, &[("ratelimit-remaining", "0"), ("ratelimit-reset", "3")])), Some(Duration::from_secs(3)));
+        assert_eq!(
+            pause(&response(200, &[("ratelimit-remaining", "0"), ("ratelimit-reset", "3")])),
+            Some(Duration::from_secs(3))
+        );
         assert_eq!(pause(&response(200, &[("ratelimit-remaining", "4"), ("ratelimit-reset", "3")])), None);
         assert_eq!(pause(&response(429, &[])), Some(Duration::from_secs(1)));
         assert_eq!(pause(&response(200, &[])), None);

@@ -154,8 +154,11 @@ impl System {
         };
         self.tell_breaker(request, &answer, certain);
         drop(pass);
-        let labels =
-            [("system", self.name().to_owned()), ("purpose", request.purpose.to_owned()), ("class", answer.class().to_owned())];
+        let labels = [
+            ("system", self.name().to_owned()),
+            ("purpose", request.purpose.to_owned()),
+            ("class", answer.class().to_owned()),
+        ];
         metrics::counter!("tidegate_system_requests_total", &labels).increment(1);
         metrics::histogram!("tidegate_system_request_seconds", "system" => self.name().to_owned())
             .record(began.elapsed().as_secs_f64());
@@ -393,9 +396,7 @@ impl System {
             AuthSettings::Header { name, value } => {
                 Ok(Credentials::Header { name: name.clone(), value: value.clone(), generation: None })
             }
-            AuthSettings::Query { name, value } => {
-                Ok(Credentials::Query { name: name.clone(), value: value.clone() })
-            }
+            AuthSettings::Query { name, value } => Ok(Credentials::Query { name: name.clone(), value: value.clone() }),
             AuthSettings::Login(login) => {
                 let log_in = async |request: HttpRequest| self.one(&request, &Credentials::None).await;
                 login.credentials(stale, log_in).await.map_err(|error| match error {
@@ -450,7 +451,7 @@ impl System {
             }
             let response = sending.send().await.map_err(lost)?;
             let status = response.status().as_u16();
-            let follow = matches!(status, 307 | 308) || request.is_safe() && matches!(status, 301 | 302 | 303);
+            let follow = matches!(status, 307 | 308) || request.is_safe() && matches!(status, 301..=303);
             let location = response.headers().get(LOCATION).and_then(|location| location.to_str().ok());
             match location.and_then(|location| url.join(location).ok()) {
                 Some(next) if follow && next.origin() == self.settings.base_url.origin() => url = next,

@@ -5,35 +5,29 @@ use serde_json::{Map, Value, json};
 use super::mapped::Mapped;
 use crate::datastore::Link;
 
-/// Decided, under the locks; not written yet.
-pub enum Outcome {
+/// A record with what was decided about it under the locks; not written yet.
+pub struct Decided {
+    pub mapped: Mapped,
+    pub verdict: Verdict,
+}
+
+pub enum Verdict {
     Insert {
-        mapped: Mapped,
         values: Map<String, Value>,
     },
     /// `set` may be empty: then only the link is written, where it has news.
     Update {
-        mapped: Mapped,
         key: Map<String, Value>,
         set: Map<String, Value>,
         /// What is agreed on from now on, by column.
         base: Map<String, Value>,
-        link: Option<Link>,
+        link: Option<Box<Link>>,
         /// The row and the record were not linked before.
         paired: bool,
     },
-    Skip {
-        mapped: Mapped,
-        why: &'static str,
-    },
-    Hold {
-        mapped: Mapped,
-        why: String,
-    },
-    Reject {
-        mapped: Mapped,
-        why: String,
-    },
+    Skip(&'static str),
+    Hold(String),
+    Reject(String),
 }
 
 /// How it ended.
@@ -45,23 +39,24 @@ pub enum Done {
     Held,
 }
 
-impl Outcome {
+impl Decided {
     /// For `preview`.
     pub fn to_json(&self) -> Value {
-        match self {
-            Outcome::Insert { mapped, values } => json!({ "do": "insert", "id": mapped.id, "row": values }),
-            Outcome::Update { mapped, key, set, paired, .. } => {
+        let id = &self.mapped.id;
+        match &self.verdict {
+            Verdict::Insert { values } => json!({ "do": "insert", "id": id, "row": values }),
+            Verdict::Update { key, set, paired, .. } => {
                 let what = match (set.is_empty(), paired) {
                     (true, true) => "pair",
                     (true, false) => "nothing",
                     (false, true) => "pair and update",
                     (false, false) => "update",
                 };
-                json!({ "do": what, "id": mapped.id, "key": key, "set": set })
+                json!({ "do": what, "id": id, "key": key, "set": set })
             }
-            Outcome::Skip { mapped, why } => json!({ "do": "nothing", "id": mapped.id, "why": why }),
-            Outcome::Hold { mapped, why } => json!({ "do": "hold", "id": mapped.id, "why": why }),
-            Outcome::Reject { mapped, why } => json!({ "do": "park", "id": mapped.id, "why": why }),
+            Verdict::Skip(why) => json!({ "do": "nothing", "id": id, "why": why }),
+            Verdict::Hold(why) => json!({ "do": "hold", "id": id, "why": why }),
+            Verdict::Reject(why) => json!({ "do": "park", "id": id, "why": why }),
         }
     }
 }

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use tokio_postgres::error::SqlState;
 
 use super::mapped::{Mapped, Means};
-use super::outcome::{Done, Outcome};
+use super::outcome::{Decided, Done, Verdict};
 use super::{Inside, Stopped, Table};
 use crate::datastore::{
     Access, DatastoreError, DatastoreErrorKind, Hold, Link, LinkKey, NewParked, ParkedKind, Transaction, drop_held,
@@ -21,15 +21,25 @@ use crate::twoway::{Conflict, Direction, Incoming, MAX_FLIPS, Write, next_flips,
 /// Where a record's row was found.
 struct Target {
     key: Map<String, Value>,
-    link: Option<Link>,
+    link: Option<Box<Link>>,
     paired: bool,
 }
 
 enum Found {
     Row(Target),
     /// To be inserted.
-    None,
-    Outcome(Outcome),
+    Nothing,
+    Decided(Verdict),
+}
+
+/// What a page's records are looked up in.
+struct Look<'a> {
+    table: &'a Table,
+    /// External ids, as text, whose link another transaction has locked.
+    busy: Vec<String>,
+    /// A create of this object is under way.
+    creating: bool,
+    access: Access,
 }
 
 impl Inside {
@@ -40,164 +50,134 @@ impl Inside {
         table: &Table,
         mapped: Vec<Mapped>,
         access: Access,
-    ) -> Result<Vec<Outcome>, Stopped> {
+    ) -> Result<Vec<Decided>, Stopped> {
         let ids: Vec<String> = mapped.iter().map(|mapped| id_text(&mapped.id)).collect();
         let page_links = links_of_page(transaction, &self.system, &self.object, &ids, access).await?;
-        let mut links: BTreeMap<String, Link> = page_links
-            .links
-            .into_iter()
-            .filter_map(|link| Some((id_text(link.external.as_ref()?), link)))
-            .collect();
+        let mut links: BTreeMap<String, Link> =
+            page_links.links.into_iter().filter_map(|link| Some((id_text(link.external.as_ref()?), link))).collect();
         let creating = open_creates(transaction, &self.system, &self.object).await?;
+        let look = Look { table, busy: page_links.busy, creating, access };
         let mut found = Vec::with_capacity(mapped.len());
-        let mut outcomes = Vec::with_capacity(mapped.len());
-        for mapped in mapped {
-            let id = id_text(&mapped.id);
-            let busy = page_links.busy.contains(&id);
-            match self.find(transaction, table, mapped, links.remove(&id), busy, creating, access).await? {
-                (mapped, Found::Outcome(outcome)) => {
-                    debug_assert!(mapped.is_none());
-                    outcomes.push(outcome);
-                }
-                (Some(mapped), Found::Row(target)) => found.push((mapped, target)),
-                (Some(mapped), Found::None) => outcomes.push(self.insert(table, mapped)),
-                (None, Found::Row(_) | Found::None) => {}
+        for mapped in &mapped {
+            let link = links.remove(&id_text(&mapped.id)).map(Box::new);
+            found.push(self.find(transaction, &look, mapped, link).await?);
+        }
+        let mut keys: Vec<Value> = Vec::new();
+        for target in found.iter().filter_map(|found| if let Found::Row(target) = found { Some(target) } else { None })
+        {
+            let key = Value::Object(target.key.clone());
+            if !keys.contains(&key) {
+                keys.push(key);
             }
         }
-        let keys: Vec<Value> = found.iter().map(|(_, target)| Value::Object(target.key.clone())).collect();
         let page_rows = rows_of_page(transaction, &self.settings.into, &table.key, &keys, access).await?;
-        for (mapped, target) in found {
-            let is_it = |row: &&Value| target.key.iter().all(|(column, value)| same(&row[column.as_str()], value));
-            outcomes.push(match page_rows.rows.iter().find(is_it) {
-                Some(row) => self.compare(mapped, target, row),
-                None if page_rows.busy.iter().any(|row| is_it(&row)) => {
-                    Outcome::Hold { mapped, why: "the row is locked by another transaction".to_owned() }
+        let decide = |(mapped, found): (Mapped, Found)| {
+            let verdict = match found {
+                Found::Decided(verdict) => verdict,
+                Found::Nothing => self.insert(&mapped),
+                Found::Row(target) => {
+                    let is_it =
+                        |row: &&Value| target.key.iter().all(|(column, value)| same(&row[column.as_str()], value));
+                    match page_rows.rows.iter().find(is_it) {
+                        Some(row) => self.compare(&mapped, target, row),
+                        None if page_rows.busy.iter().any(|row| is_it(&row)) => {
+                            Verdict::Hold("the row is locked by another transaction".to_owned())
+                        }
+                        // Linked, and no row any more: deleted here; its delete is the sink's to deliver.
+                        None if target.link.is_some() => Verdict::Skip("its row was deleted here"),
+                        None => self.insert(&mapped),
+                    }
                 }
-                // Linked, and no row any more: deleted here; its delete is the sink's to deliver.
-                None if target.link.is_some() => Outcome::Skip { mapped, why: "its row was deleted here" },
-                None => self.insert(table, mapped),
-            });
-        }
-        Ok(outcomes)
+            };
+            Decided { mapped, verdict }
+        };
+        Ok(mapped.into_iter().zip(found).map(decide).collect())
     }
 
-    #[allow(clippy::too_many_arguments)]
     async fn find(
         &self,
         transaction: &Transaction<'_>,
-        table: &Table,
-        mut mapped: Mapped,
-        link: Option<Link>,
-        busy: bool,
-        creating: bool,
-        access: Access,
-    ) -> Result<(Option<Mapped>, Found), Stopped> {
-        let row = match &mut mapped.means {
+        look: &Look<'_>,
+        mapped: &Mapped,
+        link: Option<Box<Link>>,
+    ) -> Result<Found, Stopped> {
+        let hold = |why: &str| Ok(Found::Decided(Verdict::Hold(why.to_owned())));
+        let reject = |why: String| Ok(Found::Decided(Verdict::Reject(why)));
+        let row = match &mapped.means {
             Means::Row(row) => row,
-            Means::Nothing(why) => {
-                let why = *why;
-                return Ok((None, Found::Outcome(Outcome::Skip { mapped, why })));
-            }
-            Means::Waits(why) => {
-                let why = std::mem::take(why);
-                return Ok((None, Found::Outcome(Outcome::Hold { mapped, why })));
-            }
-            Means::Bad(why) => {
-                let why = std::mem::take(why);
-                return Ok((None, Found::Outcome(Outcome::Reject { mapped, why })));
-            }
+            Means::Nothing(why) => return Ok(Found::Decided(Verdict::Skip(why))),
+            Means::Waits(why) => return hold(why),
+            Means::Bad(why) => return reject(why.clone()),
         };
-        let own_key: Option<Map<String, Value>> = table
-            .key
-            .iter()
-            .map(|column| row.get(column).map(|value| (column.clone(), value.clone())))
-            .collect();
-        let own_key = match own_key {
-            Some(key) if key.values().any(Value::is_null) => {
-                let why = "the row it belongs to is not there yet (the map gives null for its key)".to_owned();
-                return Ok((None, Found::Outcome(Outcome::Hold { mapped, why })));
-            }
-            own_key => own_key,
-        };
+        let key_columns = &look.table.key;
+        let own_key: Option<Map<String, Value>> =
+            key_columns.iter().map(|column| Some((column.clone(), row.get(column)?.clone()))).collect();
+        if own_key.as_ref().is_some_and(|key| key.values().any(Value::is_null)) {
+            return hold("the row it belongs to is not there yet (the map gives null for its key)");
+        }
         if !self.settings.link {
-            return Ok(match own_key {
-                Some(key) => (Some(mapped), Found::Row(Target { key, link: None, paired: false })),
-                None => {
-                    let why = format!("without a link the map must give {}", table.key.join(", "));
-                    (None, Found::Outcome(Outcome::Reject { mapped, why }))
-                }
-            });
+            return match own_key {
+                Some(key) => Ok(Found::Row(Target { key, link: None, paired: false })),
+                None => reject(format!("without a link the map must give {}", key_columns.join(", "))),
+            };
         }
-        if busy {
-            let why = "its link is locked by a delivery".to_owned();
-            return Ok((None, Found::Outcome(Outcome::Hold { mapped, why })));
+        if look.busy.contains(&id_text(&mapped.id)) {
+            return hold("its link is locked by a delivery");
         }
+        let into = &self.settings.into;
         if let Some(link) = link {
             if link.deleted {
-                return Ok((None, Found::Outcome(Outcome::Skip { mapped, why: "its row was deleted here" })));
+                return Ok(Found::Decided(Verdict::Skip("its row was deleted here")));
             }
             if link.intent.is_some() || link.pushed_seq > mapped.push_seq {
-                let why = "it was sent to the system after this page was fetched".to_owned();
-                return Ok((None, Found::Outcome(Outcome::Hold { mapped, why })));
+                return hold("it was sent to the system after this page was fetched");
             }
-            if link.table != self.settings.into.to_string() {
-                let why = format!("the record is linked to a row of {}; hint: set `link: false`", link.table);
-                return Ok((None, Found::Outcome(Outcome::Reject { mapped, why })));
+            if link.table != into.to_string() {
+                return reject(format!("the record is linked to a row of {}; hint: set `link: false`", link.table));
             }
-            let Value::Object(key) = link.key.key.clone() else {
-                let why = format!("the key {} of its link is no object", link.key.key);
-                return Ok((None, Found::Outcome(Outcome::Reject { mapped, why })));
+            return match link.key.key.clone() {
+                Value::Object(key) => Ok(Found::Row(Target { key, link: Some(link), paired: false })),
+                key => reject(format!("the key {key} of its link is no object")),
             };
-            return Ok((Some(mapped), Found::Row(Target { key, link: Some(link), paired: false })));
         }
-        if creating {
-            let why = "it may be what a create under way has made".to_owned();
-            return Ok((None, Found::Outcome(Outcome::Hold { mapped, why })));
+        if look.creating {
+            return hold("it may be what a create under way has made");
         }
         if let Some(key) = own_key {
-            return Ok((Some(mapped), Found::Row(Target { key, link: None, paired: true })));
+            return Ok(Found::Row(Target { key, link: None, paired: true }));
         }
         let columns = &self.settings.match_columns;
         let tells = |column: &String| row.get(column).is_some_and(|value| !value.is_null());
-        if !columns.is_empty() && columns.iter().all(tells) {
-            let values = Value::Object(row.clone());
-            let of = (self.system.as_str(), self.object.as_str());
-            let into = &self.settings.into;
-            let matching = rows_that_match(transaction, into, of, &table.key, columns, &values, access).await?;
-            if !matching.busy.is_empty() {
-                let why = "the row it matches is locked by another transaction".to_owned();
-                return Ok((None, Found::Outcome(Outcome::Hold { mapped, why })));
-            }
-            match matching.rows.as_slice() {
-                [] => {}
-                [row] => {
-                    let key = table.key.iter().map(|column| (column.clone(), row[column.as_str()].clone())).collect();
-                    return Ok((Some(mapped), Found::Row(Target { key, link: None, paired: true })));
-                }
-                _ => {
-                    let why = format!("several rows of {into} match it by {}", columns.join(", "));
-                    return Ok((None, Found::Outcome(Outcome::Reject { mapped, why })));
-                }
-            }
+        if columns.is_empty() || !columns.iter().all(tells) {
+            return Ok(Found::Nothing);
         }
-        Ok((Some(mapped), Found::None))
+        let values = Value::Object(row.clone());
+        let of = (self.system.as_str(), self.object.as_str());
+        let matching = rows_that_match(transaction, into, of, key_columns, columns, &values, look.access).await?;
+        if !matching.busy.is_empty() {
+            return hold("the row it matches is locked by another transaction");
+        }
+        match matching.rows.as_slice() {
+            [] => Ok(Found::Nothing),
+            [row] => {
+                let key = key_columns.iter().map(|column| (column.clone(), row[column.as_str()].clone())).collect();
+                Ok(Found::Row(Target { key, link: None, paired: true }))
+            }
+            _ => reject(format!("several rows of {into} match it by {}", columns.join(", "))),
+        }
     }
 
-    fn insert(&self, _table: &Table, mapped: Mapped) -> Outcome {
-        if !self.settings.insert {
-            return Outcome::Skip { mapped, why: "it has no row here, and `insert` is false" };
-        }
+    fn insert(&self, mapped: &Mapped) -> Verdict {
         match &mapped.means {
-            Means::Row(row) => Outcome::Insert { values: row.clone(), mapped },
-            _ => Outcome::Skip { mapped, why: "the map gives nothing" },
+            Means::Row(_) if !self.settings.insert => Verdict::Skip("it has no row here, and `insert` is false"),
+            Means::Row(row) => Verdict::Insert { values: row.clone() },
+            _ => Verdict::Skip("the map gives nothing"),
         }
     }
 
-    fn compare(&self, mapped: Mapped, target: Target, row: &Value) -> Outcome {
-        let empty = Map::new();
-        let row = row.as_object().unwrap_or(&empty);
-        let Means::Row(incoming) = &mapped.means else {
-            return Outcome::Skip { mapped, why: "the map gives nothing" };
+    fn compare(&self, mapped: &Mapped, target: Target, row: &Value) -> Verdict {
+        let (Means::Row(incoming), Some(row)) = (&mapped.means, row.as_object()) else {
+            return Verdict::Skip("the map gives nothing");
         };
         let base = target.link.as_ref().and_then(|link| link.base_doc.as_ref()?.get("after")?.as_object());
         // Without a link to say what was agreed: a row beside the linked one is upstream's in the columns that are
@@ -218,22 +198,21 @@ impl Inside {
             row_time: None,
         };
         match what_to_write(&side, &self.settings.policy) {
-            Write::Row { columns, .. } if !columns.is_empty() && flips(target.link.as_ref()) > MAX_FLIPS => {
+            Write::Row { columns, .. } if !columns.is_empty() && flips(target.link.as_deref()) > MAX_FLIPS => {
                 let names: Vec<_> = columns.keys().map(String::as_str).collect();
-                let why = format!("both sides undo each other's changes of {}; hint: look at triggers and maps", names.join(", "));
-                Outcome::Hold { mapped, why }
+                Verdict::Hold(format!(
+                    "both sides undo each other's changes of {}; hint: look at triggers and maps",
+                    names.join(", ")
+                ))
             }
-            Write::Row { columns, agreed } => Outcome::Update {
+            Write::Row { columns, agreed } => Verdict::Update {
                 key: target.key,
                 set: columns,
                 base: agreed,
                 link: target.link,
                 paired: target.paired,
-                mapped,
             },
-            Write::Hold { columns } => {
-                Outcome::Hold { why: format!("the row has unsent changes in {}", columns.join(", ")), mapped }
-            }
+            Write::Hold { columns } => Verdict::Hold(format!("the row has unsent changes in {}", columns.join(", "))),
         }
     }
 
@@ -243,15 +222,16 @@ impl Inside {
         &self,
         transaction: &Transaction<'_>,
         table: &Table,
-        outcome: Outcome,
+        decided: Decided,
         last: bool,
     ) -> Result<Done, Stopped> {
-        match outcome {
-            Outcome::Skip { mapped, .. } => {
+        let Decided { mapped, verdict } = decided;
+        match verdict {
+            Verdict::Skip(_) => {
                 self.settled(transaction, &mapped).await?;
                 Ok(Done::Unchanged)
             }
-            Outcome::Hold { mapped, why } => {
+            Verdict::Hold(why) => {
                 tracing::debug!(connector = self.connector, id = %mapped.id, why, "held back");
                 let held = Hold {
                     system: &self.system,
@@ -266,31 +246,25 @@ impl Inside {
                 hold(transaction, &self.connector, &held).await?;
                 Ok(Done::Held)
             }
-            Outcome::Reject { mapped, why } => self.park(transaction, &mapped, why, None).await,
-            Outcome::Insert { mapped, values } => {
+            Verdict::Reject(why) => self.park(transaction, &mapped, why, None).await,
+            Verdict::Insert { values } => {
                 transaction.batch_execute("SAVEPOINT record").await?;
-                match self.insert_linked(transaction, table, &mapped, &values).await {
-                    Ok(()) => {
-                        transaction.batch_execute("RELEASE SAVEPOINT record").await?;
-                        self.settled(transaction, &mapped).await?;
-                        Ok(Done::Written)
-                    }
-                    Err(error) => self.refused(transaction, &mapped, json!({ "insert": values }), error, last).await,
+                if let Err(error) = self.insert_linked(transaction, table, &mapped, &values).await {
+                    return self.refused(transaction, &mapped, json!({ "insert": values }), error, last).await;
                 }
+                transaction.batch_execute("RELEASE SAVEPOINT record").await?;
+                self.settled(transaction, &mapped).await?;
+                Ok(Done::Written)
             }
-            Outcome::Update { mapped, key, set, base, link, .. } => {
+            Verdict::Update { key, set, base, link, .. } => {
                 transaction.batch_execute("SAVEPOINT record").await?;
-                match self.update_linked(transaction, &mapped, &key, &set, base, link).await {
-                    Ok(()) => {
-                        transaction.batch_execute("RELEASE SAVEPOINT record").await?;
-                        self.settled(transaction, &mapped).await?;
-                        Ok(if set.is_empty() { Done::Unchanged } else { Done::Written })
-                    }
-                    Err(error) => {
-                        let request = json!({ "update": key, "set": set });
-                        self.refused(transaction, &mapped, request, error, last).await
-                    }
+                if let Err(error) = self.update_linked(transaction, &mapped, &key, &set, base, link).await {
+                    let request = json!({ "update": key, "set": set });
+                    return self.refused(transaction, &mapped, request, error, last).await;
                 }
+                transaction.batch_execute("RELEASE SAVEPOINT record").await?;
+                self.settled(transaction, &mapped).await?;
+                Ok(if set.is_empty() { Done::Unchanged } else { Done::Written })
             }
         }
     }
@@ -334,7 +308,7 @@ impl Inside {
         key: &Map<String, Value>,
         set: &Map<String, Value>,
         base: Map<String, Value>,
-        link: Option<Link>,
+        link: Option<Box<Link>>,
     ) -> Result<(), RowError> {
         if !set.is_empty() && update_row(transaction, &self.settings.into, key, set).await?.is_none() {
             return Err(RowError::Rejected("the row is gone".to_owned()));
@@ -344,7 +318,7 @@ impl Inside {
         }
         let before = link.clone();
         let mut link = match link {
-            Some(link) => link,
+            Some(link) => *link,
             None => self.link_of(transaction, key).await?,
         };
         let document = link.base_doc.get_or_insert_with(|| json!({ "key": key, "after": {} }));
@@ -360,7 +334,7 @@ impl Inside {
         if !set.is_empty() {
             link.flips = flips(Some(&link));
         }
-        if before.as_ref() != Some(&link) {
+        if before.as_deref() != Some(&link) {
             save_link(transaction, &link).await?;
         }
         Ok(())

@@ -66,7 +66,9 @@ impl Incremental {
         match (self.lookback, cursor) {
             (Lookback::None, _) | (_, Value::Null) => Ok(cursor.clone()),
             (Lookback::Time(time), Value::String(text)) => earlier(text, time).map(Value::String).ok_or_else(|| {
-                format!("`lookback` is a time, but the cursor '{text}' is none; hint: give ISO times, such as by `todate`")
+                format!(
+                    "`lookback` is a time, but the cursor '{text}' is none; hint: give ISO times, such as by `todate`"
+                )
             }),
             // Seconds since 1970.
             (Lookback::Time(time), Value::Number(number)) => {
@@ -110,7 +112,8 @@ fn earlier(text: &str, time: Duration) -> Option<String> {
     }
     let naive = naive(text)? - delta;
     let separator = if text.contains('T') { 'T' } else { ' ' };
-    let format = if fraction { format!("%Y-%m-%d{separator}%H:%M:%S%.6f") } else { format!("%Y-%m-%d{separator}%H:%M:%S") };
+    let format =
+        if fraction { format!("%Y-%m-%d{separator}%H:%M:%S%.6f") } else { format!("%Y-%m-%d{separator}%H:%M:%S") };
     Some(naive.format(&format).to_string())
 }
 
@@ -166,10 +169,9 @@ pub fn no_later(high: Value, began: DateTime<Utc>) -> Value {
             let fraction = high.as_str().is_some_and(|text| text.contains('.'));
             let zoned = high.as_str().is_some_and(|text| DateTime::parse_from_rfc3339(text).is_ok());
             let text = match (zoned, high.as_str().is_some_and(|text| text.contains('T'))) {
-                (true, _) => limit.to_rfc3339_opts(
-                    if fraction { SecondsFormat::Micros } else { SecondsFormat::Secs },
-                    true,
-                ),
+                (true, _) => {
+                    limit.to_rfc3339_opts(if fraction { SecondsFormat::Micros } else { SecondsFormat::Secs }, true)
+                }
                 (false, true) => limit.format("%Y-%m-%dT%H:%M:%S").to_string(),
                 (false, false) => limit.format("%Y-%m-%d %H:%M:%S").to_string(),
             };

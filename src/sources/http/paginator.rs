@@ -11,13 +11,31 @@ use crate::systems::{HttpRequest, HttpResponse, System};
 pub enum Paginator {
     /// One request has it all; with `limit` and an incremental cursor, the request is asked again from the new cursor
     /// while pages come full.
-    Single { limit: Option<usize> },
-    Offset { limit_param: String, offset_param: String, limit: usize, stop: Stop },
-    PageNumber { page_param: String, limit_param: Option<String>, limit: Option<usize>, first: u64, stop: Stop },
+    Single {
+        limit: Option<usize>,
+    },
+    Offset {
+        limit_param: String,
+        offset_param: String,
+        limit: usize,
+        stop: Stop,
+    },
+    PageNumber {
+        page_param: String,
+        limit_param: Option<String>,
+        limit: Option<usize>,
+        first: u64,
+        stop: Stop,
+    },
     /// The answer names the next page's token.
-    Cursor { path: Program, param: String },
+    Cursor {
+        path: Program,
+        param: String,
+    },
     /// The answer names the next page's URL: at `path` of the body, else in the header `Link` as `rel="next"`.
-    Link { path: Option<Program> },
+    Link {
+        path: Option<Program>,
+    },
 }
 
 /// What ends an offset or page number listing.
@@ -149,7 +167,11 @@ impl Paginator {
             Paginator::Single { .. } => Next::End,
             Paginator::Offset { limit, stop, .. } => {
                 let offset = if let Position::Offset(offset) = position { *offset } else { 0 };
-                if ends(Some(*limit), *stop) { Next::End } else { Next::Page(Position::Offset(offset + records as u64)) }
+                if ends(Some(*limit), *stop) {
+                    Next::End
+                } else {
+                    Next::Page(Position::Offset(offset + records as u64))
+                }
             }
             Paginator::PageNumber { first, limit, stop, .. } => {
                 let page = if let Position::Page(page) = position { *page } else { *first };
