@@ -151,6 +151,17 @@ impl RecordBatch {
         record.finish();
     }
 
+    /// Where the batch is now, for [`RecordBatch::undo`].
+    pub fn mark(&self) -> (usize, usize) {
+        (self.entries.len(), self.bytes.len())
+    }
+
+    /// Takes back every record and header set added since `mark`.
+    pub fn undo(&mut self, mark: (usize, usize)) {
+        self.entries.truncate(mark.0);
+        self.bytes.truncate(mark.1);
+    }
+
     pub fn get(&self, index: usize) -> Option<RecordRef<'_>> {
         self.entries.get(index).map(|entry| self.view(entry))
     }

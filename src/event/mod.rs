@@ -4,11 +4,13 @@
 //! it imports nothing of the crate.
 
 mod batch;
+mod captured;
 mod change;
 mod position;
 mod table;
 
 pub use batch::{HeaderSet, RecordBatch, RecordBuilder, RecordRef, TopicSlot};
+pub use captured::{CapturedBatch, StoredPosition};
 pub use change::{Change, Operation, Origin};
 pub use position::{CapturePosition, Lsn, LsnParseError, Offset, Oid, SnapshotProgress, TopicPartition};
 pub use table::{Cell, Column, ColumnType, ReplicaIdentity, SharedTable, Table, TypeKind};

@@ -107,7 +107,8 @@ pub struct CapturePosition {
     pub slot: String,
     /// End LSN of the last commit that is wholly in the log.
     pub commit_end: Lsn,
-    /// LSN of the commit record itself of that commit (what `source.sequence` shows).
+    /// End LSN of the last commit met; for the first one the consistent point that the stream began at. What
+    /// `source.sequence` shows. Behind `commit_end` where that was moved on by others' WAL.
     pub last_commit: Lsn,
     /// Inside a transaction too large for one batch: how many of its changes, in stream order and after
     /// `commit_end`, are in the log already. 0 at a transaction boundary.

@@ -151,7 +151,7 @@ pub async fn load_tables(
         .query(
             &format!(
                 "SELECT a.attrelid, a.attname, a.atttypid, a.atttypmod, a.attnotnull, \
-                 CASE WHEN a.attgenerated = '' THEN pg_get_expr(d.adbin, d.adrelid) END, a.attgenerated <> '' \
+                 CASE WHEN a.attgenerated = '' THEN pg_get_expr(d.adbin, d.adrelid) END \
                  FROM pg_attribute a LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum \
                  WHERE a.attrelid = ANY({wanted}) AND a.attnum > 0 AND NOT a.attisdropped AND {kept} \
                  ORDER BY a.attrelid, a.attnum"
@@ -173,7 +173,7 @@ pub async fn load_tables(
             type_modifier: number(row, 3)?,
             nullable: !is_true(row, 4),
             default_expression: row.get(5).cloned().flatten(),
-            generated: is_true(row, 6),
+            generated: false,
         });
     }
     let keys = session

@@ -43,7 +43,8 @@ pub fn table(
                     .as_ref()
                     .filter(|column| column.column_type.oid == wal.type_oid)
                     .and_then(|column| column.default_expression.clone()),
-                generated: told.as_ref().is_some_and(|column| column.generated),
+                // What is in the WAL has a cell in every row.
+                generated: false,
                 column_type,
             }
         })

@@ -1,3 +1,4 @@
 //! Where batches go: the log, the datastore, a system over HTTP.
 
 pub mod datastore;
+pub mod log;

@@ -1,3 +1,4 @@
 //! Where batches come from: the WAL, a system over HTTP, the log.
 
 pub mod http;
+pub mod postgres;

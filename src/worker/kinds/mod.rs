@@ -2,6 +2,7 @@
 //! `run`, `plan`, `preview`, `reset`, `forget`. A new kind is one file here and one line in [`read`].
 
 pub mod http_pull;
+pub mod postgres_source;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -54,12 +55,16 @@ pub fn read(
 ) -> Result<Arc<dyn Connector>, ConfigError> {
     match kind.as_str() {
         "http-pull" => Ok(Arc::new(http_pull::Settings::read(section, world)?)),
+        "postgres-source" => Ok(Arc::new(postgres_source::Settings::read(section, world)?)),
         other => Err(ConfigError::new(&kind.place, format!("there is no connector type `{other}`"))
             .hint(format!("known: {}", TYPES.join(", ")))),
     }
 }
 
 /// Removes what a connector of this kind has left in the datastore (a slot, say); says what was done.
-pub async fn forget(_kind: &str, _identity: &Identity, _context: &ConnectorContext) -> Result<String, Fault> {
-    Ok(String::new())
+pub async fn forget(kind: &str, identity: &Identity, context: &ConnectorContext) -> Result<String, Fault> {
+    match kind {
+        "postgres-source" => postgres_source::forget(identity, context).await,
+        _ => Ok(String::new()),
+    }
 }

@@ -4,6 +4,7 @@
 #![allow(dead_code, unused_imports)] // each test file takes what it needs
 
 pub mod apicurio;
+pub mod capture;
 pub mod http;
 pub mod kafka;
 pub mod postgres;

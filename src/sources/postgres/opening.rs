@@ -1,0 +1,391 @@
+//! Getting from a stored position to a stream: checks, publication, slot, snapshot.
+//!
+//! [`open`] looks at what is stored and at what the server has, and says what is to be done first ([`Opened`]). It is
+//! run in a task of its own, since making a slot may take long and the pipeline must not wait for it.
+//!
+//! # A first run, and a killed one
+//! Before anything is made on the server, an *intent* is stored in the log: a position with a snapshot that has
+//! nothing done. So a slot of our name is known to be ours to drop: one without an intent or a position in the log is
+//! somebody's, or the log was lost, and is not touched. A snapshot that was killed is begun anew, with a new slot: the
+//! exported snapshot died with its connection. All tables are read again: what was read at the old consistent point
+//! would miss the changes up to the new one, as they are in neither the snapshot nor the new slot's stream. Rows that
+//! are in the log twice are the same row at two times, in order; a fold by key is right.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::BytesMut;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio_util::sync::CancellationToken;
+
+use crate::event::{CapturePosition, Lsn, Oid, SnapshotProgress, Table};
+use crate::pipeline::{Fault, Status};
+use crate::postgres::catalog::{self, CatalogTable, ServerFacts};
+use crate::postgres::replication::{self, Acknowledged, Chunks, SystemIdentity};
+use crate::postgres::snapshot::{Rewritten, SnapshotReader};
+use crate::postgres::{Address, PostgresError, Purpose, Session, publication, slot};
+
+use super::settings::{CaptureSettings, SnapshotMode};
+
+impl From<PostgresError> for Fault {
+    fn from(error: PostgresError) -> Self {
+        let message = error.to_string();
+        match &error {
+            PostgresError::Connection { .. } | PostgresError::Timeout { .. } => Fault::unavailable(message, None),
+            _ if error.is_passing() => Fault::retry(message),
+            _ => Fault::stop(message),
+        }
+    }
+}
+
+/// What is to be done next.
+pub(super) enum Opened {
+    /// Store this, then open again.
+    Store(Box<CapturePosition>),
+    Snapshot(SnapshotFeed, Box<CapturePosition>),
+    Stream(Box<StreamFeed>),
+    /// There is nothing to do any more (`snapshot.mode: initial_only`).
+    Finished,
+}
+
+/// The stream, and the reins on the task that owns it.
+pub(super) struct StreamFeed {
+    pub chunks: Chunks,
+    pub acknowledged: Arc<Acknowledged>,
+    pub stop: CancellationToken,
+    pub task: tokio::task::JoinHandle<()>,
+    /// The stored position, with the epoch of this timeline.
+    pub position: CapturePosition,
+}
+
+/// Rows of a snapshot, table by table.
+pub(super) struct SnapshotFeed {
+    pub items: mpsc::Receiver<Result<SnapshotItem, Fault>>,
+    pub task: tokio::task::JoinHandle<()>,
+    pub time_us: i64,
+    pub xid: u32,
+    /// Tables, with the planner's guess at their rows.
+    pub tables: Vec<(String, u64)>,
+}
+
+pub(super) enum SnapshotItem {
+    /// The rows of this table follow.
+    Table(Arc<Table>),
+    /// Whole CopyData messages.
+    Rows(BytesMut, OwnedSemaphorePermit),
+    TableDone(String),
+    Done,
+}
+
+impl Drop for SnapshotFeed {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Drop for StreamFeed {
+    fn drop(&mut self) {
+        // The task says goodbye by itself; it ends on its own deadline.
+        self.stop.cancel();
+    }
+}
+
+/// Tables that are asked for.
+pub(super) struct Wanted {
+    /// With rows of their own, or roots where partitions are published through them.
+    pub tables: Vec<CatalogTable>,
+    pub parents: Vec<CatalogTable>,
+}
+
+pub(super) async fn wanted(session: &mut Session, settings: &CaptureSettings) -> Result<Wanted, PostgresError> {
+    let all = catalog::tables(session).await?;
+    let asked: Vec<CatalogTable> = all.into_iter().filter(|table| settings.tables.wants_table(table)).collect();
+    let (parents, leaves): (Vec<_>, Vec<_>) = asked.into_iter().partition(|table| table.partitioned);
+    if !settings.via_root {
+        return Ok(Wanted { tables: leaves, parents });
+    }
+    // Through the root: a partition of a wanted root has no topic of its own.
+    let covered = |table: &CatalogTable| {
+        table
+            .ancestors
+            .iter()
+            .any(|(schema, name)| parents.iter().any(|parent| parent.schema == *schema && parent.name == *name))
+    };
+    let mut tables: Vec<_> = leaves.into_iter().filter(|table| !covered(table)).collect();
+    tables.extend(parents.iter().filter(|table| !covered(table)).cloned());
+    Ok(Wanted { tables, parents: Vec::new() })
+}
+
+pub(super) struct Opening {
+    pub settings: Arc<CaptureSettings>,
+    pub address: Address,
+    pub status: Arc<Status>,
+    pub name: Arc<str>,
+    /// What the log has.
+    pub stored: Option<CapturePosition>,
+    /// Where to go on: `stored`, or further where batches are still in flight.
+    pub from: Option<CapturePosition>,
+    /// The first opening of this run: `snapshot.mode: always` counts from here.
+    pub first: bool,
+}
+
+impl Opening {
+    pub(super) async fn open(self) -> Result<Opened, Fault> {
+        let context = format!("capture '{}'", self.name);
+        self.decide().await.map_err(|fault| fault.context(context))
+    }
+
+    async fn decide(self) -> Result<Opened, Fault> {
+        let mut session = self.address.connect(Purpose::Replication).await?;
+        let facts = catalog::server_facts(&mut session).await?;
+        if let Some(problem) = facts.problems().first() {
+            let sql = facts.dba_sql().join(" ");
+            return Err(Fault::stop(format!("{problem}. hint: {sql}")));
+        }
+        let system = replication::identify_system(&mut session).await?;
+        let found = slot::find(&mut session, &self.settings.slot).await?;
+        if let Some(found) = &found
+            && (found.plugin != "pgoutput" || found.database != facts.database)
+        {
+            return Err(Fault::stop(format!(
+                "replication slot '{}' belongs to database '{}' and plugin '{}'; hint: give another slot.name",
+                self.settings.slot, found.database, found.plugin
+            )));
+        }
+        let fresh = |epoch: u64| CapturePosition {
+            epoch,
+            system_identifier: system.system_identifier.clone(),
+            timeline: system.timeline,
+            slot: self.settings.slot.clone(),
+            commit_end: Lsn::ZERO,
+            last_commit: Lsn::ZERO,
+            ordinal: 0,
+            ordinal_xid: 0,
+            fingerprint: self.settings.fingerprint(),
+            snapshot: Some(SnapshotProgress::default()),
+        };
+        let Some(stored) = self.stored.clone() else {
+            return match found {
+                None => Ok(Opened::Store(Box::new(fresh(1)))),
+                Some(found) if self.settings.snapshot == SnapshotMode::NoData => {
+                    let confirmed = found.confirmed_flush.unwrap_or_default();
+                    let position =
+                        CapturePosition { commit_end: confirmed, last_commit: confirmed, snapshot: None, ..fresh(1) };
+                    Ok(Opened::Store(Box::new(position)))
+                }
+                Some(_) => Err(Fault::stop(format!(
+                    "replication slot '{0}' is there already, but the log has no position for it: it is somebody \
+                     else's, or the log was lost. hint: give another slot.name; or, where it is to be given up, SELECT \
+                     pg_drop_replication_slot('{0}'); or set snapshot.mode to no_data to go on from where it stands",
+                    self.settings.slot
+                ))),
+            };
+        };
+        if stored.slot != self.settings.slot {
+            return Err(Fault::stop(format!(
+                "slot.name was '{}' and is now '{}': the slot is part of what this capture is. hint: set it back, or \
+                 give the connector another name to begin anew",
+                stored.slot, self.settings.slot
+            )));
+        }
+        if stored.snapshot.is_some() {
+            if stored.system_identifier != system.system_identifier {
+                return Ok(Opened::Store(Box::new(fresh(stored.epoch + 1))));
+            }
+            return self.begin(session, &system, &facts, stored).await;
+        }
+        if self.settings.snapshot == SnapshotMode::InitialOnly {
+            // Nobody will read the slot: it would only keep WAL.
+            slot::drop_slot(&mut session, &self.settings.slot).await?;
+            return Ok(Opened::Finished);
+        }
+        if self.settings.snapshot == SnapshotMode::Always && self.first {
+            return Ok(Opened::Store(Box::new(fresh(stored.epoch + 1))));
+        }
+        if let Err(loss) = slot::check(&self.settings.slot, found.as_ref(), &system, &stored) {
+            if self.settings.snapshot == SnapshotMode::WhenNeeded {
+                tracing::warn!(connector = %self.name, "{loss}; reading all tables anew (snapshot.mode: when_needed)");
+                return Ok(Opened::Store(Box::new(fresh(stored.epoch + 1))));
+            }
+            return Err(Fault::stop(format!(
+                "{loss}. hint: 'snapshot.mode: when_needed' reads all tables anew; or compare by hand, then 'tidegate \
+                 connectors reset'"
+            )));
+        }
+        self.publish(&mut session, &facts).await?;
+        let mut position = self.from.clone().unwrap_or(stored);
+        if position.timeline != system.timeline {
+            tracing::warn!(connector = %self.name, from = position.timeline, to = system.timeline,
+                "the server is on a new timeline: a standby was promoted or a backup restored");
+            position.timeline = system.timeline;
+            position.epoch += 1;
+        }
+        self.stream(session, position).await
+    }
+
+    /// Starts the stream behind `position`.
+    async fn stream(self, mut session: Session, position: CapturePosition) -> Result<Opened, Fault> {
+        let durable = self.stored.as_ref().map_or(position.commit_end, |stored| stored.commit_end);
+        let settings = &self.settings;
+        replication::start_replication(&mut session, &settings.slot, position.commit_end, &settings.publication)
+            .await?;
+        let acknowledged = Acknowledged::new(durable);
+        let stop = CancellationToken::new();
+        let (chunks, task) = replication::spawn_stream(session, acknowledged.clone(), stop.clone());
+        tracing::info!(connector = %self.name, slot = %settings.slot, from = %position.commit_end, "streaming");
+        Ok(Opened::Stream(Box::new(StreamFeed { chunks, acknowledged, stop, task, position })))
+    }
+
+    /// Makes the publication, or adds tables to it; warns of what it means.
+    async fn publish(&self, session: &mut Session, facts: &ServerFacts) -> Result<Wanted, Fault> {
+        let wanted = wanted(session, &self.settings).await?;
+        let found = publication::find(session, &self.settings.publication).await?;
+        let changes = publication::changes(found.as_ref(), &wish(&self.settings, &wanted, facts))?;
+        publication::apply(session, &changes).await.map_err(|error| match error.code() {
+            Some("42501") => {
+                Fault::stop(format!("{error}. hint: a role that owns the tables must run: {};", changes.sql.join("; ")))
+            }
+            _ => error.into(),
+        })?;
+        if !changes.added.is_empty() {
+            tracing::info!(connector = %self.name, publication = %self.settings.publication,
+                tables = %changes.added.join(", "), "published");
+        }
+        for table in wanted.tables.iter().filter(|table| !table.has_identity()) {
+            tracing::warn!(connector = %self.name, table = %table.full_name(),
+                "has no replica identity: PostgreSQL refuses its updates and deletes while it is published; \
+                 hint: ALTER TABLE … REPLICA IDENTITY FULL");
+        }
+        if found.is_some() && !changes.added.is_empty() && self.stored.as_ref().is_some_and(|p| p.snapshot.is_none()) {
+            tracing::warn!(connector = %self.name, tables = %changes.added.join(", "),
+                "are captured from here on; rows from before are not in the log");
+        }
+        Ok(wanted)
+    }
+
+    /// A new slot, and with it a snapshot where one is asked for. Only entered with an intent stored.
+    async fn begin(
+        self,
+        mut session: Session,
+        system: &SystemIdentity,
+        facts: &ServerFacts,
+        stored: CapturePosition,
+    ) -> Result<Opened, Fault> {
+        let wanted = self.publish(&mut session, facts).await?;
+        let settings = self.settings.clone();
+        let with_data = settings.snapshot != SnapshotMode::NoData;
+        for attempt in 1..=5 {
+            slot::drop_slot(&mut session, &settings.slot).await?;
+            self.status.set_progress(Some(format!(
+                "making slot '{}': waiting for transactions that are under way",
+                settings.slot
+            )));
+            let made = replication::create_slot(&mut session, &settings.slot, with_data, settings.slot_creation).await;
+            self.status.set_progress(None);
+            let made = made?;
+            let position = CapturePosition {
+                epoch: stored.epoch + u64::from(attempt > 1),
+                timeline: system.timeline,
+                commit_end: made.consistent_point,
+                last_commit: made.consistent_point,
+                fingerprint: settings.fingerprint(),
+                snapshot: with_data
+                    .then(|| SnapshotProgress { consistent_point: made.consistent_point, done: Vec::new() }),
+                ..stored.clone()
+            };
+            let Some(snapshot) = made.snapshot.filter(|_| with_data) else {
+                return Ok(Opened::Store(Box::new(position)));
+            };
+            let reading = self.address.connect(Purpose::Sql).await?;
+            let tables: Vec<(Oid, String, String)> =
+                wanted.tables.iter().map(|table| (table.oid, table.schema.clone(), table.name.clone())).collect();
+            match SnapshotReader::open(reading, &snapshot, &tables).await? {
+                Ok(reader) => return Ok(self.snapshot(session, reader, wanted, position, facts)),
+                Err(Rewritten(tables)) => {
+                    tracing::warn!(connector = %self.name, tables = %tables.join(", "),
+                        "rewritten since the slot was made; making it anew");
+                }
+            }
+        }
+        Err(Fault::retry("tables were rewritten again and again while the snapshot was to begin"))
+    }
+
+    fn snapshot(
+        &self,
+        exporter: Session,
+        mut reader: SnapshotReader,
+        wanted: Wanted,
+        position: CapturePosition,
+        facts: &ServerFacts,
+    ) -> Opened {
+        let (sender, items) = mpsc::channel(64);
+        let (time_us, xid) = (reader.time_us, reader.xid);
+        let generated = facts.version >= 180_000;
+        let tables = wanted.tables.iter().map(|table| (table.full_name(), table.estimated_rows)).collect();
+        let name = self.name.clone();
+        let task = tokio::spawn(async move {
+            let began = Instant::now();
+            let result = read_all(&mut reader, &wanted.tables, generated, &sender).await;
+            let last = match result {
+                Ok(()) => match reader.finish().await {
+                    Ok(()) => Ok(SnapshotItem::Done),
+                    Err(error) => Err(error.into()),
+                },
+                Err(error) => Err(Fault::from(error)),
+            };
+            // Until here the slot's session has kept the exported snapshot.
+            exporter.close().await;
+            tracing::info!(connector = %name, seconds = began.elapsed().as_secs(), "all tables are read");
+            let _ = sender.send(last).await;
+        });
+        Opened::Snapshot(SnapshotFeed { items, task, time_us, xid, tables }, Box::new(position))
+    }
+}
+
+/// The tables' rows, in order, into the queue.
+async fn read_all(
+    reader: &mut SnapshotReader,
+    tables: &[CatalogTable],
+    generated: bool,
+    queue: &mpsc::Sender<Result<SnapshotItem, Fault>>,
+) -> Result<(), PostgresError> {
+    const QUEUE_BYTES: usize = 8 << 20;
+    const SILENCE: Duration = Duration::from_secs(300);
+    let room = Arc::new(Semaphore::new(QUEUE_BYTES >> 10));
+    let gone = |_| PostgresError::Protocol("nobody reads the snapshot".into());
+    for wanted in tables {
+        let Some(table) = reader.table(wanted.oid, generated).await? else { continue };
+        if table.columns.is_empty() {
+            continue;
+        }
+        let table = Arc::new(table);
+        queue.send(Ok(SnapshotItem::Table(table.clone()))).await.map_err(gone)?;
+        let sql = reader.begin(&table, wanted.partitioned).await?;
+        loop {
+            let rows = tokio::time::timeout(SILENCE, reader.rows(&sql)).await.unwrap_or_else(|_| {
+                Err(PostgresError::Timeout { what: format!("the next rows of {}", table.full_name()), after: SILENCE })
+            })?;
+            let Some(rows) = rows else { break };
+            let share = (rows.len() >> 10).clamp(1, QUEUE_BYTES >> 10) as u32;
+            let Ok(share) = room.clone().acquire_many_owned(share).await else { break };
+            queue.send(Ok(SnapshotItem::Rows(rows, share))).await.map_err(gone)?;
+        }
+        queue.send(Ok(SnapshotItem::TableDone(table.full_name()))).await.map_err(gone)?;
+    }
+    Ok(())
+}
+
+pub(super) fn wish<'a>(
+    settings: &'a CaptureSettings,
+    wanted: &'a Wanted,
+    facts: &ServerFacts,
+) -> publication::Wish<'a> {
+    publication::Wish {
+        name: &settings.publication,
+        autocreate: settings.autocreate,
+        via_root: settings.via_root,
+        tables: &wanted.tables,
+        parents: &wanted.parents,
+        server: facts.version,
+    }
+}

@@ -1,0 +1,204 @@
+//! What a capture would make, what is missing for it, and what its first events would look like.
+
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+
+use crate::avro::{self, Decoder, EventMeta, SnapshotMarker, TablePlan, TransactionMeta};
+use crate::event::{CapturePosition, Operation};
+use crate::log::Log;
+use crate::pipeline::{Fault, Plan, PlanStep};
+use crate::postgres::catalog::{self, load_tables};
+use crate::postgres::copy_text::RowReader;
+use crate::postgres::frames::next_frame;
+use crate::postgres::{Address, Purpose, identifier, publication, qualified, slot, snapshot};
+use crate::registry::Registry;
+
+use super::opening::{wanted, wish};
+use super::relations::encoding_fault;
+use super::settings::{CaptureSettings, SnapshotMode};
+
+fn step(action: &'static str, what: &'static str, name: &str, detail: Option<String>) -> PlanStep {
+    PlanStep { action, what, name: name.to_owned(), detail }
+}
+
+/// Looks, and changes nothing.
+pub async fn plan(
+    settings: &CaptureSettings,
+    address: &Address,
+    log: &Arc<dyn Log>,
+    registry: &Arc<dyn Registry>,
+    stored: Option<&CapturePosition>,
+) -> Result<Plan, Fault> {
+    let mut settings = settings.clone();
+    settings.encoding.database.clone_from(&address.dbname);
+    let mut plan = Plan::default();
+    let mut session = address.connect(Purpose::Sql).await?;
+    let facts = catalog::server_facts(&mut session).await?;
+    plan.problems = facts.problems();
+    plan.dba_sql = facts.dba_sql();
+    let role = identifier(&facts.user);
+
+    let wanted = wanted(&mut session, &settings).await?;
+    let found = publication::find(&mut session, &settings.publication).await?;
+    match publication::changes(found.as_ref(), &wish(&settings, &wanted, &facts)) {
+        Ok(changes) if changes.sql.is_empty() => {
+            plan.steps.push(step("keep", "publication", &settings.publication, None));
+        }
+        Ok(changes) => {
+            let action = if changes.creates { "create" } else { "change" };
+            plan.steps.push(step(action, "publication", &settings.publication, Some(changes.sql.join("; "))));
+            let foreign: Vec<String> =
+                wanted.tables.iter().filter(|table| !table.owned).map(|table| table.full_name()).collect();
+            if (changes.creates && !facts.may_create_publications) || (!foreign.is_empty() && !facts.superuser) {
+                plan.problems.push(format!(
+                    "role '{}' may not make the publication: it needs CREATE on the database and must own {}",
+                    facts.user,
+                    if foreign.is_empty() { "the tables".to_owned() } else { foreign.join(", ") }
+                ));
+                plan.dba_sql.extend(changes.sql.iter().map(|sql| format!("{sql};")));
+            }
+        }
+        Err(error) => plan.problems.push(error.to_string()),
+    }
+
+    let found = slot::find(&mut session, &settings.slot).await?;
+    let snapshot = if settings.snapshot == SnapshotMode::NoData { "no snapshot" } else { "then a snapshot" };
+    match (&found, stored) {
+        (None, None) => {
+            plan.steps.push(step("create", "slot", &settings.slot, Some(format!("pgoutput, {snapshot}"))));
+            if facts.slots >= facts.max_slots {
+                plan.problems
+                    .push(format!("all {} replication slots are taken (max_replication_slots)", facts.max_slots));
+                let more = facts.max_slots + 5;
+                plan.dba_sql.push(format!("ALTER SYSTEM SET max_replication_slots = {more}; -- then restart"));
+            }
+        }
+        (Some(_), None) if settings.snapshot == SnapshotMode::NoData => {
+            plan.steps.push(step("keep", "slot", &settings.slot, Some("from where it stands".into())));
+        }
+        (Some(_), None) => plan.problems.push(format!(
+            "replication slot '{}' is there, but the log has no position for it: somebody else's, or the log was lost",
+            settings.slot
+        )),
+        (found, Some(stored)) if stored.snapshot.is_some() => {
+            let action = if found.is_some() { "change" } else { "create" };
+            plan.steps.push(step(action, "slot", &settings.slot, Some("the snapshot is begun anew".into())));
+        }
+        (None, Some(_)) => plan.problems.push(format!("replication slot '{}' is gone", settings.slot)),
+        (Some(slot), Some(stored)) => {
+            let behind = slot.confirmed_flush.map(|lsn| lsn.to_string()).unwrap_or_default();
+            let detail = format!("from {}, the server knows of {behind}", stored.commit_end);
+            plan.steps.push(step("keep", "slot", &settings.slot, Some(detail)));
+            if slot.confirmed_flush.is_some_and(|confirmed| confirmed > stored.commit_end) {
+                plan.problems.push(format!("slot '{}' stands ahead of the log: changes are missing", settings.slot));
+            }
+        }
+    }
+
+    let topics: Vec<String> = match log.topics().await {
+        Ok(topics) => topics.into_iter().map(|topic| topic.name).collect(),
+        Err(error) => {
+            plan.problems.push(error.to_string());
+            Vec::new()
+        }
+    };
+    let oids: Vec<_> = wanted.tables.iter().map(|table| table.oid).collect();
+    let shapes = load_tables(&mut session, &oids, facts.version >= 180_000).await?;
+    session.close().await;
+    for table in &wanted.tables {
+        let name = table.full_name();
+        let rows = format!("about {} rows", table.estimated_rows);
+        plan.steps.push(step("keep", "table", &name, Some(rows)));
+        if !table.readable && settings.snapshot != SnapshotMode::NoData {
+            plan.problems.push(format!("role '{}' may not read {name}", facts.user));
+            plan.dba_sql.push(format!(
+                "GRANT USAGE ON SCHEMA {} TO {role}; GRANT SELECT ON {} TO {role};",
+                identifier(&table.schema),
+                qualified(&table.schema, &table.name)
+            ));
+        }
+        if !table.has_identity() {
+            plan.problems.push(format!(
+                "{name} has no replica identity: PostgreSQL refuses its updates and deletes while it is published"
+            ));
+            plan.dba_sql.push(format!("ALTER TABLE {} REPLICA IDENTITY FULL;", qualified(&table.schema, &table.name)));
+        }
+        let Some(shape) = shapes.get(&table.oid) else { continue };
+        let topic = avro::topic_name(&settings.prefix, &shape.schema, &shape.name);
+        let made = topics.contains(&topic);
+        let detail = (!made).then(|| format!("{} partitions", settings.partitions));
+        plan.steps.push(step(if made { "keep" } else { "create" }, "topic", &topic, detail));
+        match avro::schemas(shape, &settings.encoding) {
+            Err(error) => plan.problems.push(error.to_string()),
+            Ok(schemas) => {
+                let both = [("key", schemas.key), ("value", Some(schemas.value))];
+                for (part, schema) in both.into_iter().filter_map(|(part, schema)| Some((part, schema?))) {
+                    let subject = format!("{topic}-{part}");
+                    match registry.lookup(&subject, &schema).await {
+                        Ok(Some(_)) => plan.steps.push(step("keep", "subject", &subject, None)),
+                        Ok(None) => plan.steps.push(step("create", "subject", &subject, None)),
+                        Err(error) => plan.problems.push(error.to_string()),
+                    }
+                }
+            }
+        }
+    }
+    Ok(plan)
+}
+
+/// The events that a snapshot would write first, decoded; nothing is made or written.
+pub async fn preview(settings: &CaptureSettings, address: &Address, limit: usize) -> Result<Vec<Value>, Fault> {
+    let mut settings = settings.clone();
+    settings.encoding.database.clone_from(&address.dbname);
+    let mut session = address.connect(Purpose::Sql).await?;
+    let facts = catalog::server_facts(&mut session).await?;
+    let wanted = wanted(&mut session, &settings).await?;
+    let meta = TransactionMeta::new(&settings.encoding, super::now_us(), None, None, None);
+    let mut events = Vec::new();
+    for table in &wanted.tables {
+        let left = limit.saturating_sub(events.len());
+        if left == 0 {
+            break;
+        }
+        let shapes = load_tables(&mut session, &[table.oid], facts.version >= 180_000).await?;
+        let Some(shape) = shapes.get(&table.oid).filter(|shape| !shape.columns.is_empty()) else { continue };
+        let schemas = avro::schemas(shape, &settings.encoding).map_err(encoding_fault)?;
+        let key_id = schemas.key.as_ref().map(|_| 0);
+        let plan = TablePlan::compile(shape, &settings.encoding, key_id, 0).map_err(encoding_fault)?;
+        let key = schemas.key.as_deref().map(Decoder::compile).transpose().map_err(encoding_fault)?;
+        let value = Decoder::compile(&schemas.value).map_err(encoding_fault)?;
+        let sql = snapshot::copy_sql(shape, table.partitioned, Some(left));
+        session.copy_out(&sql).await?;
+        while let Some(mut rows) = session.copy_chunk(&sql).await? {
+            while let Some((frame, length)) = next_frame(&rows)? {
+                let start = length - frame.body.len();
+                let mut row = rows.split_to(length);
+                let mut cells = Vec::new();
+                RowReader::default().read(&mut row[start..], &mut cells)?;
+                let event = EventMeta {
+                    transaction: &meta,
+                    operation: Operation::Read,
+                    lsn: Default::default(),
+                    snapshot: SnapshotMarker::True,
+                    block: None,
+                    processed_ns: super::now_ns(),
+                };
+                let (mut key_bytes, mut value_bytes) = (Vec::new(), Vec::new());
+                plan.write_key(&cells, &mut key_bytes).map_err(encoding_fault)?;
+                plan.write_value(None, Some(&cells), &event, &mut value_bytes).map_err(encoding_fault)?;
+                let decoded = |decoder: &Decoder, wire: &[u8]| {
+                    let (_, body) = avro::split_wire(wire).map_err(encoding_fault)?;
+                    decoder.decode(body).map_err(encoding_fault)
+                };
+                events.push(json!({
+                    "topic": avro::topic_name(&settings.prefix, &shape.schema, &shape.name),
+                    "key": key.as_ref().map(|key| decoded(key, &key_bytes)).transpose()?,
+                    "value": decoded(&value, &value_bytes)?,
+                }));
+            }
+        }
+    }
+    session.close().await;
+    Ok(events)
+}

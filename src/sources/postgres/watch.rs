@@ -1,0 +1,105 @@
+//! What the server keeps for the slot: polled on the side, told in status and metrics.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::json;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use crate::pipeline::Status;
+use crate::postgres::slot::{self, Slot};
+
+use super::relations::Catalog;
+use super::settings::CaptureSettings;
+
+const EVERY: Duration = Duration::from_secs(5);
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// Looks at the slot every few seconds, one look at a time.
+pub(super) struct Watch {
+    catalog: Catalog,
+    settings: Arc<CaptureSettings>,
+    name: Arc<str>,
+    status: Arc<Status>,
+    due: Instant,
+    look: Option<JoinHandle<()>>,
+    /// The last look: when, and how much WAL was kept.
+    before: Arc<std::sync::Mutex<Option<(Instant, u64)>>>,
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        if let Some(look) = &self.look {
+            look.abort();
+        }
+    }
+}
+
+impl Watch {
+    pub(super) fn new(catalog: Catalog, settings: Arc<CaptureSettings>, name: Arc<str>, status: Arc<Status>) -> Self {
+        Watch { catalog, settings, name, status, due: Instant::now(), look: None, before: Arc::default() }
+    }
+
+    /// Begins a look when one is due.
+    pub(super) fn tick(&mut self) {
+        if Instant::now() < self.due || self.look.as_ref().is_some_and(|look| !look.is_finished()) {
+            return;
+        }
+        self.due = Instant::now() + EVERY;
+        let (catalog, settings) = (self.catalog.clone(), self.settings.clone());
+        let (name, status, before) = (self.name.clone(), self.status.clone(), self.before.clone());
+        self.look = Some(tokio::spawn(async move {
+            let look = async { slot::find(&mut *catalog.session().await?, &settings.slot).await };
+            match tokio::time::timeout(DEADLINE, look).await {
+                Ok(Ok(Some(slot))) => tell(&slot, &settings.slot, &name, &status, &before),
+                Ok(Ok(None)) => status.set_fact("slot", json!({ "name": settings.slot, "missing": true })),
+                Ok(Err(error)) => tracing::debug!(connector = %name, %error, "the slot can't be looked at"),
+                Err(_) => tracing::debug!(connector = %name, "the slot can't be looked at: no answer"),
+            }
+        }));
+    }
+}
+
+fn tell(slot: &Slot, slot_name: &str, name: &str, status: &Status, before: &std::sync::Mutex<Option<(Instant, u64)>>) {
+    let now = Instant::now();
+    let mut before = before.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    // At the present rate, how long the WAL that may still be kept will last.
+    let growth = before.and_then(|(at, kept)| {
+        let grown = slot.kept_bytes.checked_sub(kept).filter(|grown| *grown > 0)?;
+        Some(grown as f64 / now.duration_since(at).as_secs_f64().max(0.001))
+    });
+    *before = Some((now, slot.kept_bytes));
+    let seconds_left = match (slot.safe_wal_size, growth) {
+        (Some(safe), Some(rate)) => Some((safe.max(0) as f64 / rate).round()),
+        _ => None,
+    };
+    status.set_fact(
+        "slot",
+        json!({
+            "name": slot_name,
+            "wal_status": slot.wal_status,
+            "wal_kept_bytes": slot.kept_bytes,
+            "lag_bytes": slot.lag_bytes,
+            "confirmed_flush_lsn": slot.confirmed_flush.map(|lsn| lsn.to_string()),
+            "restart_lsn": slot.restart_lsn.map(|lsn| lsn.to_string()),
+            "safe_wal_bytes": slot.safe_wal_size,
+            "seconds_until_lost": seconds_left,
+        }),
+    );
+    let labels = [("connector", name.to_owned()), ("slot", slot_name.to_owned())];
+    metrics::gauge!("tidegate_slot_wal_kept_bytes", &labels).set(slot.kept_bytes as f64);
+    metrics::gauge!("tidegate_slot_lag_bytes", &labels).set(slot.lag_bytes as f64);
+    if let Some(safe) = slot.safe_wal_size {
+        metrics::gauge!("tidegate_slot_safe_wal_bytes", &labels).set(safe as f64);
+    }
+    for known in ["reserved", "extended", "unreserved", "lost"] {
+        let mut labels = labels.to_vec();
+        labels.push(("wal_status", known.to_owned()));
+        metrics::gauge!("tidegate_slot_wal_status", &labels).set(f64::from(u8::from(slot.wal_status == known)));
+    }
+    if matches!(slot.wal_status.as_str(), "unreserved" | "lost") {
+        tracing::error!(connector = name, slot = slot_name, wal_status = %slot.wal_status,
+            "the server is giving up the slot's WAL (max_slot_wal_keep_size)");
+    }
+}

@@ -1,0 +1,537 @@
+//! Changes to records: the hot path. Received bytes go in, a [`RecordBatch`] comes out; nothing is allocated per row.
+//!
+//! Invariant: `position` says exactly what the records written so far bring the log to. Within a transaction it counts
+//! every change that pgoutput sent, kept or filtered, so that the count means the same after a restart with other
+//! filters (CORRECTNESS 6).
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::avro::{AvroError, EventMeta, SnapshotMarker, TransactionMeta};
+use crate::event::{
+    CapturePosition, Cell, HeaderSet, Lsn, ORIGIN_MESSAGE_PREFIX, Oid, Operation, Origin, RecordBatch, TopicSlot,
+};
+use crate::pipeline::Fault;
+use crate::postgres::PostgresError;
+use crate::postgres::copy_text::RowReader;
+use crate::postgres::frames::{Reader, next_frame};
+use crate::postgres::pgoutput::{self, Message, OldRow, Relation};
+
+use super::envelope::{Context, MessageTopic};
+use super::relations::{Captured, Output, encoding_fault};
+use super::settings::CaptureSettings;
+
+/// Why [`Writer::run`] stopped before the end of a chunk.
+pub(super) enum Step {
+    /// All is written.
+    Consumed,
+    /// The batch is as large as it may be.
+    Full,
+    /// This relation must be made ready. The cursor stands before its message; `next` is behind it.
+    Relation { relation: Arc<Relation>, next: usize },
+    /// A row has a null where the table has none: the table is to be made ready with this column nullable. The
+    /// cursor stands before the row.
+    Nullable { oid: Oid, column: usize },
+    /// The message topic must be made ready. The cursor stands before the message.
+    Messages,
+}
+
+struct Transaction {
+    xid: u32,
+    time_us: i64,
+    /// Changes met so far.
+    ordinal: u64,
+    /// Changes that are in the log already; all of them where the whole transaction is.
+    skip: u64,
+    origin: Option<Arc<str>>,
+}
+
+pub(super) struct Writer {
+    settings: Arc<CaptureSettings>,
+    pub relations: HashMap<Oid, Captured>,
+    pub messages: Option<MessageTopic>,
+    pub batch: RecordBatch,
+    /// Number of the batch: topic slots and header sets are good for one only.
+    number: u64,
+    context: Context,
+    headers: Option<HeaderSet>,
+    /// Row changes in the batch.
+    pub events: usize,
+    /// What the records so far bring the log to.
+    pub position: CapturePosition,
+    transaction: Option<Transaction>,
+    /// What all events of the transaction, or of the snapshot, say of it; encoded.
+    meta: TransactionMeta,
+    /// Commit time of the last transaction, microseconds since 1970.
+    pub last_commit_us: Option<i64>,
+    rows: RowReader,
+}
+
+impl Writer {
+    pub(super) fn new(settings: Arc<CaptureSettings>, context: Context, position: CapturePosition) -> Self {
+        Writer {
+            settings,
+            relations: HashMap::new(),
+            messages: None,
+            batch: RecordBatch::new(),
+            number: 1,
+            context,
+            headers: None,
+            events: 0,
+            position,
+            transaction: None,
+            meta: TransactionMeta::default(),
+            last_commit_us: None,
+            rows: RowReader::default(),
+        }
+    }
+
+    /// Gives up what is written and not handed on, and begins behind `position`. Relations are told anew by the
+    /// server; what they were taken for is kept until then.
+    pub(super) fn reset(&mut self, position: CapturePosition) {
+        self.position = position;
+        self.transaction = None;
+        self.take();
+    }
+
+    /// The batch so far, and its number of events.
+    pub(super) fn take(&mut self) -> (RecordBatch, usize) {
+        self.number += 1;
+        self.headers = None;
+        for captured in self.relations.values_mut() {
+            if let Some(output) = &mut captured.output {
+                output.counters.flush();
+            }
+        }
+        (std::mem::take(&mut self.batch), std::mem::take(&mut self.events))
+    }
+
+    pub(super) fn in_transaction(&self) -> bool {
+        self.transaction.is_some()
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        self.batch.byte_size() >= self.settings.batch_bytes
+    }
+
+    /// Writes what `chunk` (whole messages) holds from `cursor` on. `now_ns`: what events say as time of processing.
+    pub(super) fn run(&mut self, chunk: &[u8], cursor: &mut usize, now_ns: i64) -> Result<Step, Fault> {
+        let (mut old, mut new) = (Vec::new(), Vec::new());
+        while let Some((frame, length)) = next_frame(&chunk[*cursor..])? {
+            let mut body = Reader::new(frame.body);
+            match body.u8()? {
+                b'w' => {
+                    let lsn = Lsn(body.u64()?);
+                    body.bytes(16)?;
+                    let message = pgoutput::decode(body.rest(), &mut old, &mut new)?;
+                    let at = At { lsn, now_ns, next: *cursor + length };
+                    if let Some(step) = self.message(message, &at, &old, &mut new)? {
+                        return Ok(step);
+                    }
+                }
+                b'k' => {
+                    let end = Lsn(body.u64()?);
+                    // Between transactions, all that ends before this has been sent.
+                    if self.transaction.is_none() && end > self.position.commit_end {
+                        self.position.commit_end = end;
+                    }
+                }
+                other => {
+                    let what = format!("stream message '{}'", other.escape_ascii());
+                    return Err(PostgresError::Protocol(what).into());
+                }
+            }
+            *cursor += length;
+            if self.is_full() {
+                return Ok(Step::Full);
+            }
+        }
+        Ok(Step::Consumed)
+    }
+
+    fn message<'a>(
+        &mut self,
+        message: Message<'a>,
+        at: &At,
+        old: &[Cell<'a>],
+        new: &mut [Cell<'a>],
+    ) -> Result<Option<Step>, Fault> {
+        match message {
+            Message::Insert { relation } => {
+                if self.counts_as_new()? {
+                    return self.row(relation, Operation::Create, at, OldRow::None, old, new);
+                }
+            }
+            Message::Update { relation, old: kind } => {
+                if self.counts_as_new()? {
+                    return self.row(relation, Operation::Update, at, kind, old, new);
+                }
+            }
+            Message::Delete { relation, old: kind } => {
+                if self.counts_as_new()? {
+                    return self.row(relation, Operation::Delete, at, kind, old, new);
+                }
+            }
+            Message::Truncate { relations, .. } => {
+                if self.counts_as_new()? && !self.settings.skipped.contains(&'t') {
+                    for relation in relations.iter() {
+                        self.truncate(relation, at)?;
+                    }
+                }
+            }
+            Message::Begin { commit_lsn, commit_time_us, xid } => {
+                let covered = commit_lsn < self.position.commit_end;
+                let resumed = xid == self.position.ordinal_xid && self.position.ordinal > 0;
+                let skip = match (covered, resumed) {
+                    (true, _) => u64::MAX,
+                    (false, true) if self.position.fingerprint == self.settings.fingerprint() => self.position.ordinal,
+                    (false, true) => {
+                        tracing::warn!(
+                            xid,
+                            "slot or publication was changed in the middle of a transaction that is \
+                            partly in the log: it is written again from its start"
+                        );
+                        0
+                    }
+                    (false, false) => 0,
+                };
+                self.transaction = Some(Transaction { xid, time_us: commit_time_us, ordinal: 0, skip, origin: None });
+                self.describe_transaction();
+            }
+            Message::Commit { end_lsn, commit_time_us, .. } => {
+                self.transaction = None;
+                self.last_commit_us = Some(commit_time_us);
+                let position = &mut self.position;
+                if end_lsn > position.commit_end {
+                    position.commit_end = end_lsn;
+                    position.last_commit = end_lsn;
+                    position.ordinal = 0;
+                    position.ordinal_xid = 0;
+                    position.fingerprint = self.settings.fingerprint();
+                }
+            }
+            Message::Relation(relation) => {
+                return Ok(Some(Step::Relation { relation, next: at.next }));
+            }
+            Message::LogicalMessage { transactional, lsn, prefix, content } => {
+                return self.logical_message(transactional, lsn, prefix, content, at);
+            }
+            Message::Origin { name, .. } => {
+                if let Some(transaction) = &mut self.transaction {
+                    transaction.origin.get_or_insert_with(|| name.into());
+                }
+                self.describe_transaction();
+            }
+            Message::Type { .. } => {}
+        }
+        Ok(None)
+    }
+
+    fn describe_transaction(&mut self) {
+        if let Some(transaction) = &self.transaction {
+            let last_commit = Some(self.position.last_commit);
+            let (time_us, xid) = (transaction.time_us, Some(transaction.xid));
+            self.meta.reset(&self.settings.encoding, time_us, xid, last_commit, transaction.origin.as_deref());
+        }
+    }
+
+    /// The snapshot that rows are of: its time (microseconds since 1970) and the first transaction it does not see.
+    pub(super) fn describe_snapshot(&mut self, time_us: i64, xid: u32) {
+        self.meta.reset(&self.settings.encoding, time_us, Some(xid), None, None);
+    }
+
+    /// Counts a change of the transaction; false where it is in the log already.
+    #[inline]
+    fn counts_as_new(&mut self) -> Result<bool, Fault> {
+        let transaction = self.transaction.as_mut().ok_or_else(|| {
+            Fault::from(PostgresError::Protocol("pgoutput sent a change outside a transaction".into()))
+        })?;
+        transaction.ordinal += 1;
+        if transaction.ordinal <= transaction.skip {
+            return Ok(false);
+        }
+        self.position.ordinal = transaction.ordinal;
+        self.position.ordinal_xid = transaction.xid;
+        Ok(true)
+    }
+
+    /// Takes a change back that is to be written again.
+    fn uncount(&mut self) {
+        if let Some(transaction) = &mut self.transaction {
+            transaction.ordinal -= 1;
+            self.position.ordinal = transaction.ordinal;
+        }
+    }
+
+    fn row<'a>(
+        &mut self,
+        oid: Oid,
+        operation: Operation,
+        at: &At,
+        kind: OldRow,
+        old: &[Cell<'a>],
+        new: &mut [Cell<'a>],
+    ) -> Result<Option<Step>, Fault> {
+        let Some(captured) = self.relations.get_mut(&oid) else {
+            let what = format!("pgoutput sent a row of relation {oid} before the relation");
+            return Err(PostgresError::Protocol(what).into());
+        };
+        let Some(output) = &mut captured.output else { return Ok(None) };
+        let letter = match operation {
+            Operation::Create => 'c',
+            Operation::Update => 'u',
+            _ => 'd',
+        };
+        if self.settings.skipped.contains(&letter) {
+            return Ok(None);
+        }
+        if kind != OldRow::None {
+            // The old row has what the new one leaves out as unchanged: all of it, or the key.
+            for (new, old) in new.iter_mut().zip(old) {
+                if *new == Cell::Unchanged && matches!(old, Cell::Text(_)) {
+                    *new = *old;
+                }
+            }
+        }
+        let meta = EventMeta {
+            transaction: &self.meta,
+            operation,
+            lsn: at.lsn,
+            snapshot: SnapshotMarker::False,
+            block: None,
+            processed_ns: at.now_ns,
+        };
+        let mark = self.batch.mark();
+        let headers = self.headers.get_or_insert_with(|| self.context.headers(&mut self.batch, None)).clone();
+        let mut page = Page { batch: &mut self.batch, number: self.number, output, headers, context: &self.context };
+        let tombstones = self.settings.encoding.tombstones_on_delete;
+        let (before, after) = (Some(old).filter(|_| kind != OldRow::None), Some(&*new));
+        let written = match operation {
+            Operation::Update => {
+                let moved = kind != OldRow::None && !page.output.plan.same_key(old, new);
+                // The old key alone is no row to show as `before`; Debezium shows none either.
+                let before = before.filter(|_| kind == OldRow::Full);
+                if moved { page.moved(meta, old, new, tombstones) } else { page.event(&meta, before, after) }
+            }
+            Operation::Delete => page.event(&meta, before, None).map(|()| {
+                if tombstones {
+                    page.tombstone();
+                }
+            }),
+            _ => page.event(&meta, None, after),
+        };
+        match written {
+            Ok(()) => {
+                output.counters.add(operation);
+                self.events += 1;
+                Ok(None)
+            }
+            Err(AvroError::NullInRequired { index, .. }) => {
+                if self.batch.mark() != mark {
+                    self.batch.undo(mark);
+                    self.headers = None;
+                }
+                self.uncount();
+                Ok(Some(Step::Nullable { oid, column: index }))
+            }
+            Err(error) => Err(encoding_fault(error).context(format!("at LSN {}", at.lsn))),
+        }
+    }
+
+    fn truncate(&mut self, oid: Oid, at: &At) -> Result<(), Fault> {
+        let Some(output) = self.relations.get_mut(&oid).and_then(|captured| captured.output.as_mut()) else {
+            return Ok(());
+        };
+        let meta = EventMeta {
+            transaction: &self.meta,
+            operation: Operation::Truncate,
+            lsn: at.lsn,
+            snapshot: SnapshotMarker::False,
+            block: None,
+            processed_ns: at.now_ns,
+        };
+        let headers = self.headers.get_or_insert_with(|| self.context.headers(&mut self.batch, None)).clone();
+        let mut page = Page { batch: &mut self.batch, number: self.number, output, headers, context: &self.context };
+        page.keyless(&meta).map_err(encoding_fault)?;
+        output.counters.add(Operation::Truncate);
+        self.events += 1;
+        Ok(())
+    }
+
+    fn logical_message(
+        &mut self,
+        transactional: bool,
+        lsn: Lsn,
+        prefix: &str,
+        content: &[u8],
+        at: &At,
+    ) -> Result<Option<Step>, Fault> {
+        if transactional && prefix == ORIGIN_MESSAGE_PREFIX {
+            match serde_json::from_slice::<Origin>(content) {
+                Ok(origin) => {
+                    if let Some(transaction) = &mut self.transaction {
+                        transaction.origin = Some(origin.system.into());
+                    }
+                    self.describe_transaction();
+                }
+                Err(error) => tracing::warn!(%lsn, %error, "a '{prefix}' message that can't be read is passed over"),
+            }
+        }
+        let wanted = self.settings.wants_message(prefix);
+        if wanted && self.messages.is_none() {
+            return Ok(Some(Step::Messages));
+        }
+        let new = if transactional { self.counts_as_new()? } else { lsn >= self.position.commit_end };
+        if let Some(messages) = self.messages.as_mut().filter(|_| wanted && new) {
+            let alone;
+            let transaction = if transactional {
+                &self.meta
+            } else {
+                let time_us = self.last_commit_us.unwrap_or(at.now_ns / 1000);
+                let last_commit = Some(self.position.last_commit);
+                alone = TransactionMeta::new(&self.settings.encoding, time_us, None, last_commit, None);
+                &alone
+            };
+            let meta = EventMeta {
+                transaction,
+                operation: Operation::Message,
+                lsn: at.lsn,
+                snapshot: SnapshotMarker::False,
+                block: None,
+                processed_ns: at.now_ns,
+            };
+            messages.write(&mut self.batch, &meta, prefix, content);
+            self.events += 1;
+        }
+        // Outside a transaction it is a point of its own: nothing that ends before it is still to come.
+        if !transactional && self.transaction.is_none() && new {
+            self.position.commit_end = Lsn(lsn.0 + 1);
+        }
+        Ok(None)
+    }
+
+    /// Writes one row of a snapshot; its bytes are rewritten in place.
+    pub(super) fn snapshot_row(
+        &mut self,
+        captured: &mut Captured,
+        row: &mut [u8],
+        marker: SnapshotMarker,
+        now_ns: i64,
+    ) -> Result<Option<usize>, Fault> {
+        let mut cells = Vec::with_capacity(captured.table.columns.len());
+        self.rows.read(row, &mut cells)?;
+        let Some(output) = &mut captured.output else { return Ok(None) };
+        let meta = EventMeta {
+            transaction: &self.meta,
+            operation: Operation::Read,
+            lsn: self.position.commit_end,
+            snapshot: marker,
+            block: None,
+            processed_ns: now_ns,
+        };
+        let mark = self.batch.mark();
+        let headers = self.headers.get_or_insert_with(|| self.context.headers(&mut self.batch, None)).clone();
+        let mut page = Page { batch: &mut self.batch, number: self.number, output, headers, context: &self.context };
+        match page.event(&meta, None, Some(&cells)) {
+            Ok(()) => {
+                output.counters.add(Operation::Read);
+                self.events += 1;
+                Ok(None)
+            }
+            Err(AvroError::NullInRequired { index, .. }) => {
+                self.batch.undo(mark);
+                self.headers = None;
+                Ok(Some(index))
+            }
+            Err(error) => Err(encoding_fault(error)),
+        }
+    }
+}
+
+/// Where a message is.
+struct At {
+    lsn: Lsn,
+    now_ns: i64,
+    /// Cursor behind the message.
+    next: usize,
+}
+
+/// A place to write the records of one change.
+struct Page<'w> {
+    batch: &'w mut RecordBatch,
+    number: u64,
+    output: &'w mut Output,
+    headers: HeaderSet,
+    context: &'w Context,
+}
+
+impl Page<'_> {
+    #[inline]
+    fn slot(&mut self) -> TopicSlot {
+        match self.output.slot {
+            Some((number, slot)) if number == self.number => slot,
+            _ => {
+                let slot = self.batch.topic_slot(&self.output.topic);
+                self.output.slot = Some((self.number, slot));
+                slot
+            }
+        }
+    }
+
+    #[inline]
+    fn event(
+        &mut self,
+        meta: &EventMeta<'_>,
+        before: Option<&[Cell<'_>]>,
+        after: Option<&[Cell<'_>]>,
+    ) -> Result<(), AvroError> {
+        let slot = self.slot();
+        let mut record = self.batch.record(slot, &self.headers);
+        if self.output.plan.has_key()
+            && let Some(row) = after.or(before)
+        {
+            record.key(|out| self.output.plan.write_key(row, out))?;
+        }
+        record.value(|out| self.output.plan.write_value(before, after, meta, out))?;
+        record.finish();
+        Ok(())
+    }
+
+    fn keyless(&mut self, meta: &EventMeta<'_>) -> Result<(), AvroError> {
+        let slot = self.slot();
+        let mut record = self.batch.record(slot, &self.headers);
+        record.value(|out| self.output.plan.write_value(None, None, meta, out))?;
+        record.finish();
+        Ok(())
+    }
+
+    fn tombstone(&mut self) {
+        let slot = self.slot();
+        let mut record = self.batch.record(slot, &self.headers);
+        record.same_key_as_previous();
+        record.finish();
+    }
+
+    /// A row under another key: a delete and a tombstone that name the new key, a create that names the old one.
+    fn moved(
+        &mut self,
+        meta: EventMeta<'_>,
+        old: &[Cell<'_>],
+        new: &[Cell<'_>],
+        tombstones: bool,
+    ) -> Result<(), AvroError> {
+        let plain = self.headers.clone();
+        let (mut old_key, mut new_key) = (Vec::new(), Vec::new());
+        self.output.plan.write_key_json(old, &mut old_key)?;
+        self.output.plan.write_key_json(new, &mut new_key)?;
+        self.headers = self.context.headers(self.batch, Some(("__debezium.newkey", &new_key)));
+        self.event(&EventMeta { operation: Operation::Delete, ..meta }, Some(old), None)?;
+        if tombstones {
+            self.tombstone();
+        }
+        self.headers = self.context.headers(self.batch, Some(("__debezium.oldkey", &old_key)));
+        self.event(&EventMeta { operation: Operation::Create, ..meta }, None, Some(new))?;
+        self.headers = plain;
+        Ok(())
+    }
+}

@@ -1,0 +1,216 @@
+//! A capture from one database into an embedded log, run in the test's own process, and what it wrote, decoded.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use serde_json::Value;
+use tidegate::datastore::{Datastore, DatastoreSettings};
+use tidegate::event::{CapturePosition, Change};
+use tidegate::log::embedded::{EmbeddedLog, EmbeddedSettings};
+use tidegate::log::{ConsumedRecord, Log, PollLimit, StartAt};
+use tidegate::pipeline::{ConnectorContext, Control, Fault, Signal, Status};
+use tidegate::postgres::table_filter::pattern;
+use tidegate::registry::{EventDecoder, Registry, RegistryError, SchemaId};
+
+use tidegate::sinks::log::LogDestination;
+use tidegate::sources::postgres::{CaptureSettings, PostgresSource};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use super::{Database, eventually};
+
+/// Schemas in memory: what a capture needs of a registry.
+#[derive(Default)]
+pub struct MemoryRegistry {
+    schemas: Mutex<Vec<(String, Arc<str>)>>,
+}
+
+#[async_trait]
+impl Registry for MemoryRegistry {
+    async fn register(&self, subject: &str, schema: &str) -> Result<SchemaId, RegistryError> {
+        let mut schemas = self.schemas.lock().unwrap();
+        let known = schemas.iter().position(|(name, text)| name == subject && &**text == schema);
+        let at = known.unwrap_or_else(|| {
+            schemas.push((subject.to_owned(), schema.into()));
+            schemas.len() - 1
+        });
+        Ok(SchemaId(at as u32 + 1))
+    }
+
+    async fn schema(&self, id: SchemaId) -> Result<Arc<str>, RegistryError> {
+        let schemas = self.schemas.lock().unwrap();
+        schemas.get(id.0 as usize - 1).map(|(_, text)| text.clone()).ok_or(RegistryError::UnknownId(id.0))
+    }
+
+    async fn lookup(&self, subject: &str, schema: &str) -> Result<Option<SchemaId>, RegistryError> {
+        let schemas = self.schemas.lock().unwrap();
+        let known = schemas.iter().position(|(name, text)| name == subject && &**text == schema);
+        Ok(known.map(|at| SchemaId(at as u32 + 1)))
+    }
+}
+
+/// A log in a folder of its own, and a registry.
+pub struct World {
+    pub log: Arc<dyn Log>,
+    pub registry: Arc<dyn Registry>,
+    pub url: String,
+    pub settings: CaptureSettings,
+    decoder: EventDecoder,
+    _folder: tempfile::TempDir,
+}
+
+/// A capture that runs.
+pub struct Running {
+    pub status: Arc<Status>,
+    signal: watch::Sender<Signal>,
+    abort: CancellationToken,
+    task: JoinHandle<Result<(), Fault>>,
+}
+
+impl World {
+    /// Captures the tables that match, with a slot named after the database.
+    pub fn new(database: &Database<'_>, tables: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let log = EmbeddedLog::open(EmbeddedSettings::new(folder.path())).unwrap();
+        let registry: Arc<dyn Registry> = Arc::new(MemoryRegistry::default());
+        let mut settings = CaptureSettings::new(&database.name);
+        settings.prefix = "shop".into();
+        settings.encoding.prefix = "shop".into();
+        settings.idle_advance = Duration::from_secs(1);
+        settings.tables.table_include = tables.iter().map(|table| pattern(table).unwrap()).collect();
+        World {
+            log: Arc::new(log),
+            decoder: EventDecoder::new(registry.clone()),
+            registry,
+            url: database.url(),
+            settings,
+            _folder: folder,
+        }
+    }
+
+    /// The position that the log holds.
+    pub async fn position(&self) -> Option<CapturePosition> {
+        let mut writer = self.log.writer("capture").await.unwrap();
+        writer.position().await.unwrap().map(|bytes| serde_json::from_slice(&bytes).unwrap())
+    }
+
+    pub async fn start(&self) -> Running {
+        let datastore = DatastoreSettings::from_url(&self.url).unwrap();
+        let (signal, receiver) = watch::channel(Signal::Run);
+        let abort = CancellationToken::new();
+        let status = Arc::new(Status::default());
+        let context = ConnectorContext {
+            name: "capture".into(),
+            log: self.log.clone(),
+            registry: self.registry.clone(),
+            datastore: Datastore::open(&datastore).unwrap(),
+            control: Control::new(receiver, abort.clone()),
+            status: status.clone(),
+        };
+        let address = self.settings.address(&datastore).unwrap();
+        let destination = LogDestination::open(self.log.clone(), "capture").await.unwrap();
+        let source = PostgresSource::new(
+            self.settings.clone(),
+            address,
+            context.name.clone(),
+            self.log.clone(),
+            self.registry.clone(),
+            status.clone(),
+            destination.stored(),
+        );
+        let task = tokio::spawn(async move { tidegate::pipeline::run(source, destination, &context).await });
+        Running { status, signal, abort, task }
+    }
+
+    /// All records of a topic so far; none where it is not there.
+    pub async fn records(&self, topic: &str) -> Vec<ConsumedRecord> {
+        let mut all = Vec::new();
+        let Ok(mut reader) = self.log.reader(topic, StartAt::Beginning).await else { return all };
+        let limit = PollLimit { bytes: 8 << 20, records: 100_000, wait: Duration::from_millis(20) };
+        loop {
+            let some = reader.poll(&limit).await.unwrap();
+            if some.is_empty() && reader.at_end().await.unwrap() {
+                return all;
+            }
+            all.extend(some);
+        }
+    }
+
+    /// Change events of a topic so far, without tombstones.
+    pub async fn changes(&self, topic: &str) -> Vec<Change> {
+        let mut changes = Vec::new();
+        for record in self.records(topic).await {
+            changes.extend(self.decoder.change(&record).await.unwrap());
+        }
+        changes
+    }
+
+    /// Keys and values of a topic with numbers as in Avro; null for a tombstone.
+    pub async fn raw(&self, topic: &str) -> Vec<(Value, Value)> {
+        let mut all = Vec::new();
+        for record in self.records(topic).await {
+            let mut both = [Value::Null, Value::Null];
+            for (to, bytes) in both.iter_mut().zip([&record.key, &record.value]) {
+                if let Some(bytes) = bytes {
+                    *to = self.decoder.raw(bytes).await.unwrap();
+                }
+            }
+            let [key, value] = both;
+            all.push((key, value));
+        }
+        all
+    }
+
+    /// The table as the topic has it: the last row of each key.
+    pub async fn folded(&self, topic: &str) -> BTreeMap<String, Value> {
+        let mut rows = BTreeMap::new();
+        for change in self.changes(topic).await {
+            match &change.after {
+                Value::Null => rows.remove(&change.key.to_string()),
+                row => rows.insert(change.key.to_string(), row.clone()),
+            };
+        }
+        rows
+    }
+
+    /// Waits until the topic has this many change events.
+    pub async fn wait_for_changes(&self, topic: &str, count: usize) -> Vec<Change> {
+        eventually(Duration::from_secs(60), &format!("{count} changes in {topic}"), async || {
+            let changes = self.changes(topic).await;
+            if changes.len() >= count { Ok(changes) } else { Err(format!("{} changes", changes.len())) }
+        })
+        .await
+    }
+}
+
+impl Running {
+    /// Waits until the connector shows this error.
+    pub async fn error(&self, part: &str) -> String {
+        eventually(Duration::from_secs(60), &format!("an error with '{part}'"), async || {
+            match self.status.last_error() {
+                Some((_, error)) if error.contains(part) => Ok(error),
+                other => Err(format!("{other:?}")),
+            }
+        })
+        .await
+    }
+
+    pub async fn stop(self) -> Result<(), Fault> {
+        self.signal.send_replace(Signal::Stop);
+        tokio::time::timeout(Duration::from_secs(60), self.task).await.expect("stops").expect("no panic")
+    }
+
+    /// Ends it where it stands, as a crash would.
+    pub async fn crash(self) {
+        self.abort.cancel();
+        let _ = tokio::time::timeout(Duration::from_secs(10), self.task).await;
+    }
+
+    /// What it ended with by itself.
+    pub async fn ended(self) -> Result<(), Fault> {
+        tokio::time::timeout(Duration::from_secs(60), self.task).await.expect("ends").expect("no panic")
+    }
+}
