@@ -20,8 +20,8 @@ pub const DEVIATIONS: &[Deviation] = &[
         why: "Debezium reads snapshots through another driver and calendar than the stream",
     },
     Deviation {
-        what: "stored generated columns are in no event",
-        why: "the stream does not carry them (before PostgreSQL 18), and a column that is there only in snapshots \
+        what: "stored generated columns are in no event unless the stream carries them (PostgreSQL 18 and a publication that publishes them)",
+        why: "a column that is there only in snapshots \
               changes the schema back and forth",
     },
     Deviation {

@@ -23,6 +23,8 @@ mod plan;
 mod resolve;
 mod schema;
 mod settings;
+#[cfg(test)]
+mod tests;
 mod text;
 mod wire;
 

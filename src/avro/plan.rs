@@ -4,14 +4,14 @@
 
 use super::encoding::Encoding;
 use super::error::{RefusedValue, shown};
-use super::schema::{columns, key_positions, schemas};
+use super::schema::{columns, schemas};
 use super::wire::{put_bytes, write_wire_header};
 use super::{AvroError, Decoder, EncodingSettings, EventMeta};
 use crate::event::{Cell, Table};
 
 /// How a table's rows become keys and values. Compiled once per relation and pair of schema ids.
 ///
-/// A row has one [`Cell`] for every column of the table that is not `generated`, in the table's order.
+/// A row has one [`Cell`] for every column of the table, in the table's order.
 pub struct TablePlan {
     schema: String,
     table: String,
@@ -26,8 +26,6 @@ pub struct TablePlan {
 }
 
 struct ColumnPlan {
-    /// Index into the table's columns.
-    index: usize,
     name: String,
     encoding: Encoding,
     /// Branch of the value in its union with null.
@@ -69,7 +67,6 @@ impl TablePlan {
                     unavailable.clone_from(&absent);
                 }
                 ColumnPlan {
-                    index: resolved.index,
                     name: resolved.column.name.clone(),
                     encoding: resolved.encoding,
                     branch,
@@ -79,7 +76,7 @@ impl TablePlan {
                 }
             })
             .collect();
-        let key = key_positions(table).filter_map(|at| columns.iter().position(|column| column.index == at)).collect();
+        let key = table.key.iter().copied().filter(|&at| at < columns.len()).collect();
         let key_decoder = schemas(table, settings)?.key.map(|text| Decoder::compile(&text)).transpose()?;
         let header = |id| {
             let mut bytes = Vec::with_capacity(5);
@@ -146,10 +143,10 @@ impl TablePlan {
                 Some(row) => {
                     self.check_width(row)?;
                     out.push(2);
-                    for (column, cell) in self.columns.iter().zip(row) {
+                    for (at, cell) in row.iter().enumerate() {
                         match cell {
-                            Cell::Null => out.extend_from_slice(&column.absent),
-                            cell => self.put_cell(column, *cell, out)?,
+                            Cell::Null => out.extend_from_slice(&self.columns[at].absent),
+                            cell => self.put_cell(at, *cell, out)?,
                         }
                     }
                 }
@@ -159,8 +156,8 @@ impl TablePlan {
                 Some(row) => {
                     self.check_width(row)?;
                     out.push(2);
-                    for (column, cell) in self.columns.iter().zip(row) {
-                        self.put_cell(column, *cell, out)?;
+                    for (at, cell) in row.iter().enumerate() {
+                        self.put_cell(at, *cell, out)?;
                     }
                 }
                 None => out.push(0),
@@ -176,13 +173,14 @@ impl TablePlan {
         for &at in &self.key {
             match row[at] {
                 Cell::Unchanged => return Err(self.key_was_not_sent(&self.columns[at])),
-                cell => self.put_cell(&self.columns[at], cell, out)?,
+                cell => self.put_cell(at, cell, out)?,
             }
         }
         Ok(())
     }
 
-    fn put_cell(&self, column: &ColumnPlan, cell: Cell<'_>, out: &mut Vec<u8>) -> Result<(), AvroError> {
+    fn put_cell(&self, at: usize, cell: Cell<'_>, out: &mut Vec<u8>) -> Result<(), AvroError> {
+        let column = &self.columns[at];
         match cell {
             Cell::Text(text) => {
                 if let Some(branch) = column.branch {
@@ -199,7 +197,7 @@ impl TablePlan {
                     schema: self.schema.clone(),
                     table: self.table.clone(),
                     column: column.name.clone(),
-                    index: column.index,
+                    index: at,
                 }),
             },
             Cell::Unchanged => {

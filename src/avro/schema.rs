@@ -27,10 +27,7 @@ pub struct TableSchemas {
 pub fn schemas(table: &Table, settings: &EncodingSettings) -> Result<TableSchemas, AvroError> {
     let columns = columns(table, settings);
     let namespace = table_namespace(table, settings);
-    let key_fields: Vec<Field> = key_positions(table)
-        .filter_map(|at| columns.iter().find(|column| column.index == at))
-        .map(Resolved::field)
-        .collect();
+    let key_fields: Vec<Field> = table.key.iter().filter_map(|&at| columns.get(at)).map(Resolved::field).collect();
     let key = (!key_fields.is_empty()).then(|| {
         let annotations = Annotations { version: None, ..Annotations::connect(&format!("{namespace}.Key")) };
         render(&Avro::Record(Record {
@@ -57,8 +54,6 @@ pub(super) fn table_namespace(table: &Table, settings: &EncodingSettings) -> Str
 
 /// A column with all that schema and plan need to know of it.
 pub(super) struct Resolved<'a> {
-    /// Place in the table's columns.
-    pub index: usize,
     pub column: &'a Column,
     pub avro_name: String,
     pub encoding: Encoding,
@@ -76,23 +71,15 @@ impl Resolved<'_> {
     }
 }
 
-/// The columns that events have: all but generated ones, which the stream does not carry.
+/// The table's columns with their encodings, and with names that Avro allows.
 pub(super) fn columns<'a>(table: &'a Table, settings: &EncodingSettings) -> Vec<Resolved<'a>> {
-    let shown = table.columns.iter().enumerate().filter(|(_, column)| !column.generated);
-    let names = distinct_avro_names(shown.clone().map(|(_, column)| column.name.as_str()));
-    shown
-        .zip(names)
-        .map(|((index, column), avro_name)| {
-            let encoding = resolve::encoding(&column.column_type, column.type_modifier, settings);
-            let default = defaults::default(column, &encoding);
-            Resolved { index, column, avro_name, encoding, default }
-        })
-        .collect()
-}
-
-/// The key's columns that events have, in the index's order.
-pub(super) fn key_positions(table: &Table) -> impl Iterator<Item = usize> {
-    table.key.iter().copied().filter(|&at| table.columns.get(at).is_some_and(|column| !column.generated))
+    let names = distinct_avro_names(table.columns.iter().map(|column| column.name.as_str()));
+    let resolve = |(column, avro_name): (&'a Column, String)| {
+        let encoding = resolve::encoding(&column.column_type, column.type_modifier, settings);
+        let default = defaults::default(column, &encoding);
+        Resolved { column, avro_name, encoding, default }
+    };
+    table.columns.iter().zip(names).map(resolve).collect()
 }
 
 fn notes(table: &Table, settings: &EncodingSettings, columns: &[Resolved<'_>]) -> Vec<String> {
