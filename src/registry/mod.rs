@@ -1,12 +1,18 @@
 //! Schemas by id: a client of any Confluent-compatible registry, and a durable registry of our own with the
 //! same REST API.
 
+mod builtin;
+mod client;
+mod compatibility;
 mod decoder;
 
 use std::sync::Arc;
 
 use async_trait::async_trait;
 
+pub use builtin::{BuiltinError, BuiltinRegistry, Registered, Version};
+pub use client::{RegistryAuth, RegistryClient};
+pub use compatibility::CompatibilityLevel;
 pub use decoder::{DecodeError, EventDecoder};
 
 #[async_trait]

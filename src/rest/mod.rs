@@ -7,6 +7,7 @@ mod connectors;
 mod dead_letters;
 mod guard;
 mod metrics;
+pub mod registry;
 
 use std::net::SocketAddr;
 use std::time::Duration;
