@@ -217,3 +217,56 @@ fn a_wrong_word_is_answered_with_the_near_one() {
     assert!(error.contains("must be one of `upstream`, `merge`, but is `upstrem`"), "{error}");
     assert!(error.contains("did you mean `upstream`?"), "{error}");
 }
+
+proptest::proptest! {
+    #[test]
+    fn no_text_makes_the_parser_panic(text in "[-a-c:{}\\[\\]'\"|>&*!#%,?\n\t\r \u{85}é~<.0$]{0,80}") {
+        if let Err(error) = parse_text(&text, "t.yaml") {
+            proptest::prop_assert!(error.to_string().starts_with("t.yaml:"));
+        }
+    }
+
+    #[test]
+    fn no_bytes_make_the_parser_panic(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200)) {
+        let _ = parse_text(&String::from_utf8_lossy(&bytes), "t.yaml");
+    }
+
+    #[test]
+    fn flat_and_nested_spellings_read_the_same(names in names(), split in proptest::num::u64::ANY) {
+        // One file flat, one nested at some of the dots.
+        let mut nested = Vec::new();
+        for (at, name) in names.iter().enumerate() {
+            let mut line = name.clone();
+            for (dot, _) in name.match_indices('.').rev() {
+                if split >> ((at + dot) % 60) & 1 == 1 {
+                    line = format!("{}: {{ {} }}", &line[..dot], &line[dot + 1..]);
+                }
+            }
+            nested.push(line);
+        }
+        let values = |flat: bool| -> Vec<Option<String>> {
+            names.iter().enumerate().map(|(at, name)| {
+                let text = match flat {
+                    true => format!("{name}: v{at}"),
+                    false if nested[at].contains('{') => nest(&nested[at], at),
+                    false => format!("{}: v{at}", nested[at]),
+                };
+                section(&text).take::<String>(name).unwrap()
+            }).collect()
+        };
+        proptest::prop_assert_eq!(values(true), values(false));
+    }
+}
+
+/// Names of which none begins another.
+fn names() -> impl proptest::strategy::Strategy<Value = Vec<String>> {
+    proptest::collection::vec("[a-c]{1,2}(\\.[a-c]{1,2}){0,3}", 1..5)
+}
+
+/// Puts the value at the innermost name of `a: { b.c }`.
+fn nest(line: &str, at: usize) -> String {
+    match line.find(" }") {
+        Some(end) => format!("{}: v{at}{}", &line[..end], &line[end..]),
+        None => format!("{line}: v{at}"),
+    }
+}

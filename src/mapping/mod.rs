@@ -17,6 +17,8 @@ mod number;
 mod program;
 mod rewrite;
 mod scope;
+#[cfg(test)]
+mod shop;
 mod template;
 #[cfg(test)]
 mod tests;

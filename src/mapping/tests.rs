@@ -366,3 +366,78 @@ fn programs_may_run_in_several_threads() {
     shared(&program("."));
     shared(&Compiler::default());
 }
+
+/// Records a second through a usual mapping: `cargo test --release --lib mapping::tests::measure -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement"]
+fn measure() {
+    let map = program(
+        r#"{ name: .after.name, code: "C\(.after.id)", total: (.after.price * .after.quantity) }
+           + if $link then {} else { addresses: [["create", [{ street: .after.street, city: .after.city }]]] } end"#,
+    );
+    let input = parsed(
+        r#"{"key": {"id": 7}, "after": {"id": 7, "name": "Ann", "price": 19.90, "quantity": 3, "street": "Weg 1", "city": "Ulm", "email": "a@b.c", "created": "2024-01-01T00:00:00Z"}}"#,
+    );
+    let compile = std::time::Instant::now();
+    for _ in 0..20 {
+        program(".after.name");
+    }
+    eprintln!("compile: {:?}", compile.elapsed() / 20);
+    for (name, program) in [("mapping", map), ("filter", program(".after.email != null")), ("identity", program("."))] {
+        let started = std::time::Instant::now();
+        for _ in 0..50_000 {
+            program.first(&input, &Scope::default()).unwrap();
+        }
+        eprintln!("{name}: {:.0} records/s", 50_000.0 / started.elapsed().as_secs_f64());
+    }
+}
+
+#[test]
+fn a_regular_expression_of_an_evil_kind_ends() {
+    let started = std::time::Instant::now();
+    let evil = json!("a".repeat(30) + "!");
+    let _ = program(r#"test("(a+)+$")"#).run(&evil, &Scope::default());
+    let _ = program(r#"test("(a|aa)+$")"#).run(&evil, &Scope::default());
+    assert!(started.elapsed().as_secs() < 5, "{:?}", started.elapsed());
+}
+
+proptest::proptest! {
+    #[test]
+    fn every_value_comes_back_as_it_went(value in any_value()) {
+        let text = value.to_string();
+        let back = super::convert::from_val(&super::convert::to_val(&value)).unwrap();
+        proptest::prop_assert_eq!(text, back.to_string());
+    }
+
+    #[test]
+    fn compiling_never_panics(expression in "[ -~é\n]{0,60}") {
+        if let Ok(program) = Compiler::default().jq(&text(&expression)) {
+            let _ = program.run(&json!({"a": [1, "x"]}), &Scope::default());
+        }
+        let _ = Compiler::default().template(&text(&expression), Escape::Path);
+    }
+}
+
+fn any_value() -> impl proptest::strategy::Strategy<Value = Value> {
+    use proptest::prelude::*;
+    let number = prop_oneof![
+        any::<i64>().prop_map(|whole| whole.to_string()),
+        any::<u64>().prop_map(|whole| whole.to_string()),
+        "-?[1-9][0-9]{0,40}",
+        "-?(0|[1-9][0-9]{0,20})\\.[0-9]{1,30}",
+        "-?[1-9]\\.[0-9]{1,5}e[+-][1-9][0-9]{0,2}",
+    ];
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::Bool),
+        number.prop_map(|text| parsed(&text)),
+        any::<String>().prop_map(Value::String),
+    ];
+    leaf.prop_recursive(4, 40, 6, |inner| {
+        prop_oneof![
+            prop::collection::vec(inner.clone(), 0..6).prop_map(Value::Array),
+            prop::collection::vec((any::<String>(), inner), 0..6)
+                .prop_map(|fields| Value::Object(fields.into_iter().collect())),
+        ]
+    })
+}
