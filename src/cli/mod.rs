@@ -14,6 +14,7 @@ mod run;
 mod start;
 mod status;
 mod topics;
+mod validate;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -80,6 +81,7 @@ pub enum LogFormat {
 #[derive(Subcommand)]
 enum Command {
     Run(run::Run),
+    Validate(validate::Validate),
     Plan(plan::Plan),
     Preview(preview::Preview),
     Status(status::Status),
@@ -188,6 +190,7 @@ impl Cli {
         let global = &self.global;
         match self.command {
             Command::Run(command) => command.run(global),
+            Command::Validate(command) => command.run(global),
             Command::Plan(command) => wait_for(global, command.run(global)),
             Command::Preview(command) => wait_for(global, command.run(global)),
             Command::Status(command) => wait_for(global, command.run(global)),

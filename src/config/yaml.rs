@@ -268,6 +268,11 @@ fn unreadable(start: &Place, error: &ScanError) -> ConfigError {
     if indentation.contains('\t') || told.contains("tab") {
         return error.hint("a tab: YAML is indented with spaces only");
     }
+    let count = |signs: [char; 2]| line.chars().filter(|c| signs.contains(c)).count();
+    if told.contains("flow") && count(['{', '[']) > count(['}', ']']) {
+        return error
+            .hint("a `{` or `[` of this line is not closed; in a text or a jq expression it needs quotes around");
+    }
     if let Some(hint) = expression_hint(&line, told) {
         return error.hint(hint);
     }
