@@ -3,6 +3,7 @@
 
 pub mod http_pull;
 pub mod postgres_source;
+mod http_sink;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -30,8 +31,8 @@ pub type Identity = BTreeMap<String, String>;
 pub trait Connector: Send + Sync + 'static {
     fn identity(&self) -> Identity;
 
-    /// Consumer groups that it reads the log with.
-    fn groups(&self) -> Vec<String>;
+    /// Consumer groups that it reads the log with, under the connector's name.
+    fn groups(&self, name: &str) -> Vec<String>;
 
     /// Works until told to stop.
     async fn run(&self, context: ConnectorContext) -> Result<(), Fault>;
@@ -59,6 +60,12 @@ pub fn read(
         other => Err(ConfigError::new(&kind.place, format!("there is no connector type `{other}`"))
             .hint(format!("known: {}", TYPES.join(", ")))),
     }
+    if **kind == "http-sink" {
+        return http_sink::read(section, world);
+    }
+    let known = TYPES.join(", ");
+    Err(ConfigError::new(&kind.place, format!("there is no connector type `{}`", **kind))
+        .hint(format!("known: {known}")))
 }
 
 /// Removes what a connector of this kind has left in the datastore (a slot, say); says what was done.
