@@ -31,10 +31,10 @@ use async_trait::async_trait;
 pub use intake::{Intake, Work};
 pub use settings::{Initial, LineSource, SendMode, Settings, Update};
 
-use deliver::Delivery;
 use crate::pipeline::{ConnectorContext, Destination, Fault, Written};
 use crate::sources::log::LogSource;
 use crate::systems::BreakerState;
+use deliver::Delivery;
 
 /// How long a restart waits for the system before it says that it is still away.
 const AVAILABLE: Duration = Duration::from_secs(5);

@@ -190,7 +190,9 @@ impl Delivery {
             while !self.try_rekey(old, new).await? {
                 tries += 1;
                 if tries > 60 {
-                    return Err(Fault::retry(format!("the link of {old} stays busy, so it can't become that of {new}")));
+                    return Err(Fault::retry(format!(
+                        "the link of {old} stays busy, so it can't become that of {new}"
+                    )));
                 }
                 tokio::time::sleep(BUSY).await;
             }
@@ -347,7 +349,8 @@ impl Delivery {
                     (Doing::Update, Some(changed))
                 }
                 Update::Reject => {
-                    let mut rejection = Rejection::because("the row has changed, and `update: reject` sends no changes");
+                    let mut rejection =
+                        Rejection::because("the row has changed, and `update: reject` sends no changes");
                     rejection.request = Some(json!({ "changed": changed }));
                     return Ok(Next::rejected(rejection));
                 }
@@ -367,8 +370,7 @@ impl Delivery {
             Send::Delete => (Doing::Delete, None),
         };
         let document = document.unwrap_or_else(|| gone(work, &link));
-        let idempotency_key =
-            attempt.idempotency_key.clone().unwrap_or_else(|| Uuid::new_v4().simple().to_string());
+        let idempotency_key = attempt.idempotency_key.clone().unwrap_or_else(|| Uuid::new_v4().simple().to_string());
         let job = self.prepare(&transaction, &mut answers, &link, doing, document, body, idempotency_key).await?;
         let job = match job {
             Ok(job) => job,
@@ -535,7 +537,10 @@ impl Delivery {
         let mut client = self.datastore.client().await?;
         let transaction = client.transaction().await.map_err(db)?;
         let Some(mut link) = self.lock_own(&transaction, key, &job.intent.id).await? else {
-            return Err(Fault::retry(format!("the link of {} was taken over while its request was under way", key.key)));
+            return Err(Fault::retry(format!(
+                "the link of {} was taken over while its request was under way",
+                key.key
+            )));
         };
         link.intent = None;
         link.pushed_seq = next_push_seq(&transaction).await?;
@@ -572,7 +577,8 @@ impl Delivery {
             let doing = Doing::Create(link.step as usize);
             let document = job.intent.document.clone();
             let idempotency_key = format!("{}-{}", job.intent.idempotency_key, link.step);
-            let prepared = self.prepare(&transaction, &mut answers, &link, doing, document, None, idempotency_key).await?;
+            let prepared =
+                self.prepare(&transaction, &mut answers, &link, doing, document, None, idempotency_key).await?;
             match prepared {
                 Ok(job) => {
                     link.intent = Some(job.intent.clone());
@@ -631,7 +637,11 @@ impl Delivery {
     }
 
     pub(super) fn link_key(&self, key: &Value) -> LinkKey {
-        LinkKey { system: self.settings.system.name().to_owned(), object: self.settings.object.clone(), key: key.clone() }
+        LinkKey {
+            system: self.settings.system.name().to_owned(),
+            object: self.settings.object.clone(),
+            key: key.clone(),
+        }
     }
 
     /// Writes what became of the events from `from` on: taken out of the queue, or set aside.
@@ -786,7 +796,9 @@ impl Delivery {
             if template.body.is_none() {
                 let body = match &self.settings.map {
                     None => Ok(input.clone()),
-                    Some(map) => answers.run(&client, |links| map.first(&input, &scope(&None, None, Some(links)))).await?,
+                    Some(map) => {
+                        answers.run(&client, |links| map.first(&input, &scope(&None, None, Some(links)))).await?
+                    }
                 };
                 match body {
                     Ok(body) => request.body = Some(body),

@@ -50,8 +50,7 @@ impl<'a> Answers<'a> {
     async fn fetch<C: GenericClient>(&mut self, client: &C, wanted: Wanted) -> Result<(), DatastoreError> {
         match wanted {
             Wanted::Link { object, key } => {
-                let link =
-                    LinkKey { system: self.system.to_owned(), object: object.clone(), key: key.clone() };
+                let link = LinkKey { system: self.system.to_owned(), object: object.clone(), key: key.clone() };
                 let answer = find_link(client, &link).await?.filter(is_settled).and_then(|link| link.shown());
                 self.links.put_link(&object, &key, answer);
             }

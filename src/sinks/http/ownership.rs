@@ -36,12 +36,8 @@ impl Ownership {
         acquire_lease(&client, &name_of(connector, &owner), &owner, TIME).await?;
         drop(client);
         let good_until = Arc::new(Mutex::new(asked + TIME));
-        let renewing = tokio::spawn(renew(
-            datastore.clone(),
-            name_of(connector, &owner),
-            owner.clone(),
-            good_until.clone(),
-        ));
+        let renewing =
+            tokio::spawn(renew(datastore.clone(), name_of(connector, &owner), owner.clone(), good_until.clone()));
         Ok(Ownership { owner, datastore: datastore.clone(), good_until, renewing })
     }
 
@@ -56,7 +52,10 @@ impl Ownership {
         if Instant::now() + Duration::from_secs(2) < good_until {
             return Ok(());
         }
-        Err(Fault::unavailable("the worker's lease in the datastore has lapsed; nothing is sent until it is renewed", None))
+        Err(Fault::unavailable(
+            "the worker's lease in the datastore has lapsed; nothing is sent until it is renewed",
+            None,
+        ))
     }
 
     /// Gives the lease back, so that another need not wait for it to lapse.

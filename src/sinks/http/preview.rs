@@ -104,7 +104,9 @@ impl One<'_> {
             return Ok(Some(json!({ "key": key, "does": "change", "requests": lines })));
         }
         if !parked_places(self.client, self.connector, key).await?.is_empty() {
-            return Ok(Some(json!({ "key": key, "does": "wait", "why": "stands behind an earlier record of its key" })));
+            return Ok(Some(
+                json!({ "key": key, "does": "wait", "why": "stands behind an earlier record of its key" }),
+            ));
         }
         let system = self.settings.system.name();
         let link_key = LinkKey { system: system.to_owned(), object: self.settings.object.clone(), key: key.clone() };

@@ -17,7 +17,10 @@ use crate::systems::Answer;
 /// What `match` found.
 enum Found {
     Nothing,
-    One { id: Value, kept: Map<String, Value> },
+    One {
+        id: Value,
+        kept: Map<String, Value>,
+    },
     Several(Vec<Value>),
     /// The question itself came to something else.
     Not(Next),
@@ -85,12 +88,7 @@ impl Delivery {
     }
 
     /// Pairs a row that has no link with its counterpart, where the system has one.
-    pub(super) async fn pair(
-        &self,
-        work: &KeyWork,
-        document: &Value,
-        attempt: &mut Attempt,
-    ) -> Result<Next, Fault> {
+    pub(super) async fn pair(&self, work: &KeyWork, document: &Value, attempt: &mut Attempt) -> Result<Next, Fault> {
         let (id, kept) = match self.look_up(document, attempt).await? {
             Found::Nothing => {
                 attempt.looked_up = true;
@@ -132,7 +130,7 @@ impl Delivery {
     /// An intent is open whose request nobody will hear of any more: finds out what became of it.
     pub(super) async fn resolve(&self, key: &LinkKey, intent: Intent, attempt: &mut Attempt) -> Result<Next, Fault> {
         let age = Duration::from_millis(
-            (chrono::Utc::now().timestamp_millis() - intent.started_ms).clamp(0, i64::MAX) as u64,
+            (chrono::Utc::now().timestamp_millis() - intent.started_ms).clamp(0, i64::MAX) as u64
         );
         if let Some(rest) = self.settings.settle.checked_sub(age) {
             // The system may still be at it.
@@ -191,13 +189,7 @@ impl Delivery {
     }
 
     /// The create went through: the link gets what the lost answer said.
-    async fn adopt(
-        &self,
-        key: &LinkKey,
-        intent: &Intent,
-        id: Value,
-        kept: Map<String, Value>,
-    ) -> Result<Next, Fault> {
+    async fn adopt(&self, key: &LinkKey, intent: &Intent, id: Value, kept: Map<String, Value>) -> Result<Next, Fault> {
         let mut client = self.datastore.client().await?;
         let transaction = client.transaction().await.map_err(db)?;
         let Some(mut link) = self.lock_own(&transaction, key, &intent.id).await? else {

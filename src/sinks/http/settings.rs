@@ -112,7 +112,9 @@ impl Settings {
         if let Some(matching) = &matching
             && matching.id.is_none()
         {
-            return Err(section.error("match", "`match` needs an `id`: where in the answer the record's id is").hint("id: .[].id"));
+            return Err(section
+                .error("match", "`match` needs an `id`: where in the answer the record's id is")
+                .hint("id: .[].id"));
         }
         let update = read_update(section, &compiler)?;
         let delete = match section.node("delete")? {
@@ -187,7 +189,8 @@ fn read_document(node: &Node, query: Option<Spanned<String>>) -> Result<SendMode
     let mut lines = Vec::new();
     for (name, value) in node.map("document").map_err(|error| error.hint(DOCUMENT_HINT))? {
         let text = value.text(name)?;
-        let wrong = |error: &dyn std::fmt::Display| ConfigError::new(&value.place, error.to_string()).hint(DOCUMENT_HINT);
+        let wrong =
+            |error: &dyn std::fmt::Display| ConfigError::new(&value.place, error.to_string()).hint(DOCUMENT_HINT);
         if name.value == "root" {
             root = Some(text.value.parse::<TableName>().map_err(|error| wrong(&error))?);
             continue;

@@ -2,8 +2,8 @@
 //! `run`, `plan`, `preview`, `reset`, `forget`. A new kind is one file here and one line in [`read`].
 
 pub mod http_pull;
+pub mod http_sink;
 pub mod postgres_source;
-mod http_sink;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -55,17 +55,12 @@ pub fn read(
     world: &World<'_>,
 ) -> Result<Arc<dyn Connector>, ConfigError> {
     match kind.as_str() {
+        "http-sink" => http_sink::read(section, world),
         "http-pull" => Ok(Arc::new(http_pull::Settings::read(section, world)?)),
         "postgres-source" => Ok(Arc::new(postgres_source::Settings::read(section, world)?)),
         other => Err(ConfigError::new(&kind.place, format!("there is no connector type `{other}`"))
             .hint(format!("known: {}", TYPES.join(", ")))),
     }
-    if **kind == "http-sink" {
-        return http_sink::read(section, world);
-    }
-    let known = TYPES.join(", ");
-    Err(ConfigError::new(&kind.place, format!("there is no connector type `{}`", **kind))
-        .hint(format!("known: {known}")))
 }
 
 /// Removes what a connector of this kind has left in the datastore (a slot, say); says what was done.

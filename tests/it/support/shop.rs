@@ -74,8 +74,10 @@ impl Shop {
 
     /// Makes the rows that are there into a snapshot's events.
     pub async fn snapshot(&self, table: &str) {
-        self.sql(&format!("INSERT INTO capture.events (op, tab, new) SELECT 'r', '{table}', to_jsonb(t) FROM {table} t ORDER BY id"))
-            .await;
+        self.sql(&format!(
+            "INSERT INTO capture.events (op, tab, new) SELECT 'r', '{table}', to_jsonb(t) FROM {table} t ORDER BY id"
+        ))
+        .await;
     }
 
     /// Rows that nobody hears of.
@@ -120,7 +122,10 @@ impl Shop {
     pub async fn links(&self, object: &str) -> Vec<(Value, Option<String>)> {
         let rows = self
             .sql
-            .query("SELECT local_key, external_id FROM tidegate.links WHERE object = $1 AND NOT deleted ORDER BY 1", &[&object])
+            .query(
+                "SELECT local_key, external_id FROM tidegate.links WHERE object = $1 AND NOT deleted ORDER BY 1",
+                &[&object],
+            )
             .await
             .unwrap();
         rows.iter().map(|row| (row.get(0), row.get(1))).collect()
@@ -128,7 +133,8 @@ impl Shop {
 
     /// Open intents, and events that the sink's group has not committed.
     pub async fn unsettled(&self, sink: &str) -> i64 {
-        let row = self.sql.query_one("SELECT count(*) FROM tidegate.links WHERE intent IS NOT NULL", &[]).await.unwrap();
+        let row =
+            self.sql.query_one("SELECT count(*) FROM tidegate.links WHERE intent IS NOT NULL", &[]).await.unwrap();
         let intents: i64 = row.get(0);
         let row = self.sql.query_one("SELECT count(*) FROM capture.events", &[]).await.unwrap();
         let events: i64 = row.get(0);
@@ -253,7 +259,8 @@ fn event(op: &str, table: &str, before: Option<&Value>, after: Option<&Value>, s
 async fn capture(sql: tokio_postgres::Client, log: Arc<dyn Log>) {
     let mut writer = log.writer("capture").await.unwrap();
     loop {
-        let Ok(rows) = sql.query("SELECT seq, op, tab, old, new FROM capture.events ORDER BY seq LIMIT 500", &[]).await else {
+        let Ok(rows) = sql.query("SELECT seq, op, tab, old, new FROM capture.events ORDER BY seq LIMIT 500", &[]).await
+        else {
             return;
         };
         if rows.is_empty() {
@@ -273,14 +280,15 @@ async fn capture(sql: tokio_postgres::Client, log: Arc<dyn Log>) {
                 long(id, &mut out);
                 out
             };
-            let mut push = |op: &str, id: i64, before: Option<&Value>, after: Option<&Value>, header: Option<(&str, i64)>| {
-                let other = header.map(|(name, other)| (name, json!({ "id": other }).to_string()));
-                let headers = batch.header_set(other.iter().map(|(name, json)| (*name, json.as_bytes())));
-                batch.push(&topic, Some(&key(id)), Some(&event(op, &table, before, after, seq)), &headers);
-                if op == "d" {
-                    batch.push(&topic, Some(&key(id)), None, &headers);
-                }
-            };
+            let mut push =
+                |op: &str, id: i64, before: Option<&Value>, after: Option<&Value>, header: Option<(&str, i64)>| {
+                    let other = header.map(|(name, other)| (name, json!({ "id": other }).to_string()));
+                    let headers = batch.header_set(other.iter().map(|(name, json)| (*name, json.as_bytes())));
+                    batch.push(&topic, Some(&key(id)), Some(&event(op, &table, before, after, seq)), &headers);
+                    if op == "d" {
+                        batch.push(&topic, Some(&key(id)), None, &headers);
+                    }
+                };
             match (op.as_str(), id(&old), id(&new)) {
                 ("u", Some(was), Some(is)) if was != is => {
                     push("d", was, old.as_ref(), None, Some(("__debezium.newkey", is)));
