@@ -1,5 +1,5 @@
 //! Where batches go: the log, the datastore, a system over HTTP.
 
 pub mod datastore;
-pub mod log;
 pub mod http;
+pub mod log;
