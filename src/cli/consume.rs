@@ -45,8 +45,8 @@ pub struct Consume {
 impl Consume {
     pub async fn run(self, global: &Global) -> Result<ExitCode, CliError> {
         let settings = global.settings()?;
-        let log = open_log(&settings.log, Access::Read)?;
-        let decoder = EventDecoder::new(open_registry(&settings, Access::Read)?);
+        let log = open_log(&settings.log, Access::Read).await?;
+        let decoder = EventDecoder::new(open_registry(&settings, Access::Read)?.registry);
         let mut reader = log
             .reader(&self.topic, self.from)
             .await

@@ -5,7 +5,7 @@
 
 mod ask;
 mod connectors;
-// mod consume;
+mod consume;
 mod dead_letters;
 mod output;
 mod plan;
@@ -86,6 +86,7 @@ enum Command {
     Preview(preview::Preview),
     Status(status::Status),
     Topics(topics::Topics),
+    Consume(consume::Consume),
     #[command(name = "dead-letters")]
     DeadLetters(dead_letters::DeadLetters),
     Connectors(connectors::Connectors),
@@ -195,6 +196,7 @@ impl Cli {
             Command::Preview(command) => wait_for(global, command.run(global)),
             Command::Status(command) => wait_for(global, command.run(global)),
             Command::Topics(command) => wait_for(global, command.run(global)),
+            Command::Consume(command) => wait_for(global, command.run(global)),
             Command::DeadLetters(command) => wait_for(global, command.run(global)),
             Command::Connectors(command) => wait_for(global, command.run(global)),
         }

@@ -23,7 +23,7 @@ pub struct Topics {
 
 impl Topics {
     pub async fn run(self, global: &Global) -> Result<ExitCode, CliError> {
-        let log = open_log(&global.settings()?.log, Access::Read)?;
+        let log = open_log(&global.settings()?.log, Access::Read).await?;
         let filter = self.filter.unwrap_or_default();
         let mut topics = log.topics().await?;
         topics.retain(|topic| topic.name.contains(&filter));

@@ -83,6 +83,7 @@ impl Drop for Server {
 
 fn router(worker: Worker, metrics: Metrics) -> Router {
     let settings = worker.settings().rest.clone();
+    let builtin = worker.resources().builtin.clone();
     let shared = Shared { worker, metrics };
     let guarded = Router::new()
         .route("/metrics", get(show_metrics))
@@ -90,6 +91,10 @@ fn router(worker: Worker, metrics: Metrics) -> Router {
         .merge(connectors::routes())
         .merge(dead_letters::routes())
         .with_state(shared.clone());
+    let guarded = match builtin {
+        Some(builtin) => guarded.merge(registry::routes(builtin)),
+        None => guarded,
+    };
     let guarded = guarded.layer(middleware::from_fn_with_state(guard::Guard::new(&settings), guard::check));
     Router::new()
         .route("/health/live", get(live))

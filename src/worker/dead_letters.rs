@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::resources::Resources;
 use crate::datastore::{self, Command, Datastore, DatastoreError, ParkedSummary};
+use crate::registry::EventDecoder;
 
 pub use crate::datastore::Command as Verdict;
 
@@ -57,7 +58,11 @@ pub async fn show(resources: &Resources, connector: &str, id: &DeadLetterId) -> 
     let client = resources.datastore.client().await?;
     let found = datastore::show_parked(&client, connector, &id.topic, id.partition, id.offset).await?;
     let Some(parked) = found else { return Ok(None) };
-    let value = Value::Null;
+    let decoder = EventDecoder::new(resources.registry.clone());
+    let value = match &parked.record.value {
+        Some(wire) => decoder.value(wire).await.unwrap_or_else(|error| json!({ "undecodable": error.to_string() })),
+        None => Value::Null,
+    };
     let mut shown = serde_json::to_value(&parked.summary).unwrap_or_default();
     if let Value::Object(fields) = &mut shown {
         fields.insert("id".into(), json!(id.to_string()));

@@ -8,17 +8,19 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use metrics::gauge;
+use metrics::{counter, gauge};
 
 use super::report::{SystemReport, state_name};
 use super::resources::Resources;
 use crate::pipeline::{ConnectorState, Status};
-use crate::systems::System;
+use crate::systems::{BreakerState, System};
 
 /// Rates are taken over this many seconds.
 const WINDOW: usize = 10;
 const LAGS: Duration = Duration::from_secs(5);
 const DEAD_LETTERS: Duration = Duration::from_secs(15);
+/// How often long work tells how far it is.
+const PROGRESS: Duration = Duration::from_secs(5);
 const QUESTION: Duration = Duration::from_secs(10);
 
 const STATES: [ConnectorState; 7] = [
@@ -43,6 +45,7 @@ struct Inside {
     dead_letters: BTreeMap<String, u64>,
     lags_asked: Option<Instant>,
     dead_letters_asked: Option<Instant>,
+    progress_told: Option<Instant>,
     asking_lags: bool,
     asking_dead_letters: bool,
 }
@@ -148,6 +151,14 @@ impl Observer {
                 gauge!("tidegate_lag_events", "connector" => name.clone()).set(events as f64);
             }
         }
+        if inside.progress_told.is_none_or(|told| now - told >= PROGRESS) {
+            inside.progress_told = Some(now);
+            for (name, status, _) in connectors {
+                if let Some(progress) = status.progress() {
+                    tracing::info!(connector = name, "{progress}");
+                }
+            }
+        }
         inside.systems = systems.iter().map(|(name, system)| look_at_system(name, system)).collect();
         self.ask_lags(&mut inside, connectors, resources, now);
         self.ask_dead_letters(&mut inside, resources, now);
@@ -229,6 +240,14 @@ impl Observer {
     }
 }
 
-fn look_at_system(name: &str, _system: &System) -> SystemReport {
-    SystemReport { name: name.to_owned(), breaker: "closed".to_owned(), requests: 0 }
+fn look_at_system(name: &str, system: &System) -> SystemReport {
+    let (breaker, figure) = match system.breaker() {
+        BreakerState::Closed => ("closed", 0.0),
+        BreakerState::HalfOpen => ("half-open", 1.0),
+        BreakerState::Open => ("open", 2.0),
+    };
+    let requests = system.requests_sent();
+    gauge!("tidegate_breaker_state", "system" => name.to_owned()).set(figure);
+    counter!("tidegate_requests_total", "system" => name.to_owned()).absolute(requests);
+    SystemReport { name: name.to_owned(), breaker: breaker.to_owned(), requests }
 }

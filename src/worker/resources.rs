@@ -10,7 +10,7 @@ use super::state::{Remembered, StateError};
 use crate::datastore::{self, Datastore, DatastoreError, ParkedKind};
 use crate::log::{EmbeddedLog, Log, LogError};
 use crate::pipeline::{ConnectorContext, Control, Fault, Signal, Status};
-use crate::registry::Registry;
+use crate::registry::{BuiltinRegistry, Registry, RegistryClient, RegistryError};
 
 /// Why a worker, or a command, could not open what the settings name.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +32,8 @@ pub enum OpenError {
 pub struct Resources {
     pub log: Arc<dyn Log>,
     pub registry: Arc<dyn Registry>,
+    /// Where the registry is the built-in one.
+    pub builtin: Option<BuiltinRegistry>,
     pub datastore: Datastore,
 }
 
@@ -52,10 +54,10 @@ impl Resources {
     }
 
     pub async fn open_for(settings: &WorkerSettings, access: Access) -> Result<Self, OpenError> {
-        let log = open_log(&settings.log, access)?;
-        let registry = open_registry(settings, access)?;
+        let log = open_log(&settings.log, access).await?;
+        let OpenRegistry { registry, builtin } = open_registry(settings, access)?;
         let datastore = Datastore::open(&settings.datastore)?;
-        Ok(Resources { log, registry, datastore })
+        Ok(Resources { log, registry, builtin, datastore })
     }
 
     pub fn context(&self, name: Arc<str>, control: Control, status: Arc<Status>) -> ConnectorContext {
@@ -100,7 +102,8 @@ impl Resources {
         let nowhere = crate::datastore::DatastoreSettings::from_url("postgres://nobody@127.0.0.1:1/none").unwrap();
         Resources {
             log: Arc::new(EmbeddedLog::open(crate::log::EmbeddedSettings::new(folder)).unwrap()),
-            registry: Arc::new(super::absent::AbsentRegistry),
+            registry: Arc::new(AbsentRegistry),
+            builtin: None,
             datastore: Datastore::open(&nowhere).unwrap(),
         }
     }
@@ -112,7 +115,7 @@ impl Resources {
     }
 }
 
-pub fn open_log(settings: &LogSettings, access: Access) -> Result<Arc<dyn Log>, LogError> {
+pub async fn open_log(settings: &LogSettings, access: Access) -> Result<Arc<dyn Log>, LogError> {
     Ok(match settings {
         LogSettings::Embedded(settings) => match access {
             Access::Write => Arc::new(EmbeddedLog::open(settings.clone())?),
@@ -120,19 +123,35 @@ pub fn open_log(settings: &LogSettings, access: Access) -> Result<Arc<dyn Log>, 
             Access::Read | Access::Plan => Arc::new(EmbeddedLog::open_reader(&settings.path)?),
         },
         #[cfg(feature = "kafka")]
-        LogSettings::Kafka(settings) => return Err(LogError::Invalid(format!("not yet: {}", settings.len()))),
-        #[cfg(not(feature = "kafka"))]
-        LogSettings::Kafka(_) => {
-            return Err(LogError::Invalid(
-                "this tidegate was built without Kafka. hint: build it with the feature 'kafka', or use log.type: embedded".into(),
-            ));
-        }
+        LogSettings::Kafka(settings) => Arc::new(crate::log::KafkaLog::open(settings.clone()).await?),
     })
 }
 
-pub fn open_registry(settings: &WorkerSettings, _access: Access) -> Result<Arc<dyn Registry>, OpenError> {
-    match &settings.registry {
-        RegistrySettings::Builtin => Ok(Arc::new(AbsentRegistry)),
-        RegistrySettings::Url { url, .. } => Err(OpenError::Registry(format!("{url} can't be asked yet"))),
-    }
+pub fn open_registry(settings: &WorkerSettings, access: Access) -> Result<OpenRegistry, OpenError> {
+    let folder = &settings.state;
+    let builtin = match (&settings.registry, access) {
+        (RegistrySettings::Url { url, auth }, _) => {
+            let client =
+                RegistryClient::new(url, auth.clone()).map_err(|error| OpenError::Registry(error.to_string()))?;
+            return Ok(OpenRegistry { registry: Arc::new(client), builtin: None });
+        }
+        (RegistrySettings::Builtin, Access::Write) => BuiltinRegistry::open(folder),
+        (RegistrySettings::Builtin, Access::Read | Access::Plan) => {
+            match BuiltinRegistry::open_reader(folder) {
+                // Before the first run there is none: everything is still to be registered.
+                Err(RegistryError::Rejected(_)) if access == Access::Plan => {
+                    return Ok(OpenRegistry { registry: Arc::new(AbsentRegistry), builtin: None });
+                }
+                opened => opened,
+            }
+        }
+    };
+    let builtin = builtin.map_err(|error| OpenError::Registry(error.to_string()))?;
+    Ok(OpenRegistry { registry: Arc::new(builtin.clone()), builtin: Some(builtin) })
+}
+
+/// A registry by its contract, and the built-in one itself where it is that, to be served over HTTP.
+pub struct OpenRegistry {
+    pub registry: Arc<dyn Registry>,
+    pub builtin: Option<BuiltinRegistry>,
 }

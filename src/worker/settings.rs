@@ -2,13 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::config::{self, ByteSize, ConfigError, NodeKind, Secret, Section, Spanned};
 use crate::datastore::DatastoreSettings;
 use crate::log::EmbeddedSettings;
+#[cfg(feature = "kafka")]
+use crate::log::KafkaSettings;
+use crate::registry::{RegistryAuth, RegistryClient};
 use crate::systems::{System, SystemSettings};
 
 /// Where logs and state live when nothing else is said.
@@ -35,14 +38,14 @@ pub struct WorkerSettings {
 #[derive(Clone, Debug)]
 pub enum LogSettings {
     Embedded(EmbeddedSettings),
-    /// librdkafka's settings, by its names.
-    Kafka(BTreeMap<String, String>),
+    #[cfg(feature = "kafka")]
+    Kafka(KafkaSettings),
 }
 
 #[derive(Clone)]
 pub enum RegistrySettings {
     Builtin,
-    Url { url: String, username: Option<String>, password: Option<Secret>, token: Option<Secret> },
+    Url { url: String, auth: RegistryAuth },
 }
 
 #[derive(Clone)]
@@ -81,10 +84,11 @@ impl WorkerSettings {
         let registry = read_registry(&mut section)?;
         let beside_log = match &log {
             LogSettings::Embedded(log) => log.path.clone(),
+            #[cfg(feature = "kafka")]
             LogSettings::Kafka(_) => PathBuf::from(DATA),
         };
-        let state = folder.join(section.or("state", beside_log)?);
-        let connectors = folder.join(section.or("connectors", PathBuf::from("../connectors"))?);
+        let state = section.take::<PathBuf>("state")?.map_or(beside_log, |state| beside(folder, &state));
+        let connectors = beside(folder, &section.or("connectors", PathBuf::from("../connectors"))?);
         let rest = read_rest(&mut section)?;
         let logging = LoggingSettings {
             format: section
@@ -98,6 +102,22 @@ impl WorkerSettings {
         section.finish()?;
         Ok(WorkerSettings { datastore, log, registry, systems, connectors, rest, state, logging, drain })
     }
+}
+
+/// `path` as seen from `folder`, with `config/../connectors` shortened to `connectors`.
+fn beside(folder: &Path, path: &Path) -> PathBuf {
+    let mut whole = PathBuf::new();
+    for part in folder.join(path).components() {
+        let inside = matches!(whole.components().next_back(), Some(Component::Normal(_)));
+        match part {
+            Component::ParentDir if inside => {
+                whole.pop();
+            }
+            Component::CurDir => {}
+            part => whole.push(part),
+        }
+    }
+    if whole.as_os_str().is_empty() { PathBuf::from(".") } else { whole }
 }
 
 fn one_of(text: Spanned<String>, names: &[&str]) -> Result<String, ConfigError> {
@@ -120,18 +140,9 @@ fn read_log(mut section: Section, folder: &Path) -> Result<LogSettings, ConfigEr
         None => "embedded".to_owned(),
     };
     if kind == "kafka" {
-        let place = section.place().clone();
-        let mut settings = BTreeMap::new();
-        for (name, value) in section.entries("")? {
-            settings.insert(name, value.value);
-        }
-        if !settings.contains_key("bootstrap.servers") {
-            return Err(ConfigError::new(&place, "`bootstrap.servers` is missing in log")
-                .hint("log: { type: kafka, bootstrap.servers: \"host:9092\" }; any librdkafka setting may follow"));
-        }
-        return Ok(LogSettings::Kafka(settings));
+        return read_kafka(section);
     }
-    let mut settings = EmbeddedSettings::new(folder.join(section.or("path", PathBuf::from(DATA))?));
+    let mut settings = EmbeddedSettings::new(beside(folder, &section.or("path", PathBuf::from(DATA))?));
     settings.retention = section.or("retention", settings.retention)?;
     settings.retention_bytes = section.take::<ByteSize>("retention.bytes")?.map(|size| size.0);
     settings.size_limit = section.or("size.limit", ByteSize(settings.size_limit))?.0;
@@ -139,30 +150,63 @@ fn read_log(mut section: Section, folder: &Path) -> Result<LogSettings, ConfigEr
     Ok(LogSettings::Embedded(settings))
 }
 
+#[cfg(feature = "kafka")]
+fn read_kafka(mut section: Section) -> Result<LogSettings, ConfigError> {
+    let servers: Vec<String> = match section.take("bootstrap.servers")? {
+        Some(servers) => servers,
+        None => {
+            return Err(section.missing("bootstrap.servers").hint(
+                "log: { type: kafka, bootstrap.servers: \"host:9092\" }; any librdkafka setting may stand beside it",
+            ));
+        }
+    };
+    let mut settings = KafkaSettings::new(&servers.join(","));
+    settings.positions_topic = section.or("positions.topic", settings.positions_topic)?;
+    settings.positions_replication_factor = section.take("positions.replication.factor")?;
+    settings.librdkafka = section.entries("")?.into_iter().map(|(name, value)| (name, value.value)).collect();
+    Ok(LogSettings::Kafka(settings))
+}
+
+#[cfg(not(feature = "kafka"))]
+fn read_kafka(section: Section) -> Result<LogSettings, ConfigError> {
+    Err(section
+        .error("type", "this tidegate was built without Kafka")
+        .hint("build it with the feature `kafka`, or take `type: embedded`"))
+}
+
 fn read_registry(section: &mut Section) -> Result<RegistrySettings, ConfigError> {
     let name = "schema.registry";
     let Some(node) = section.node(name)? else { return Ok(RegistrySettings::Builtin) };
-    let (url, username, password, token) = if matches!(node.kind, NodeKind::Map(_)) {
+    let (url, auth) = if matches!(node.kind, NodeKind::Map(_)) {
         let mut inside = Section::new(node, name)?;
         let url: Spanned<String> = inside.require("url")?;
-        let username = inside.take("username")?;
-        let password = inside.take("password")?;
-        let token = inside.take("token")?;
+        let username: Option<String> = inside.take("username")?;
+        let password: Option<Secret> = inside.take("password")?;
+        let token: Option<Secret> = inside.take("token")?;
+        let auth = match (username, password, token) {
+            (None, None, None) => RegistryAuth::None,
+            (Some(username), Some(password), None) => RegistryAuth::Basic { username, password },
+            (None, None, Some(token)) => RegistryAuth::Bearer(token),
+            _ => {
+                return Err(ConfigError::new(
+                    &url.place,
+                    "half of the registry's credentials are missing, or too many",
+                )
+                .hint("give `username` and `password`, or `token`, or none of them"));
+            }
+        };
         inside.finish()?;
-        (url, username, password, token)
+        (url, auth)
     } else {
-        (node.text(name)?, None, None, None)
+        (node.text(name)?, RegistryAuth::None)
     };
     if url.as_str() == "builtin" {
         return Ok(RegistrySettings::Builtin);
     }
-    match reqwest::Url::parse(&url) {
-        Ok(parsed) if matches!(parsed.scheme(), "http" | "https") => {
-            Ok(RegistrySettings::Url { url: url.value.trim_end_matches('/').to_owned(), username, password, token })
-        }
-        _ => Err(ConfigError::new(&url.place, "`schema.registry` is neither `builtin` nor an http or https URL")
-            .hint("for example `http://localhost:8081`")),
-    }
+    RegistryClient::new(&url, auth.clone()).map_err(|error| {
+        ConfigError::new(&url.place, error.to_string()).hint("`builtin`, or a URL such as `http://localhost:8081`")
+    })?;
+    Ok(RegistrySettings::Url { url: url.value, auth })
 }
 
 fn read_rest(section: &mut Section) -> Result<RestSettings, ConfigError> {
@@ -204,4 +248,23 @@ fn read_systems(section: &mut Section) -> Result<BTreeMap<String, Arc<System>>, 
     }
     ConfigError::all(errors)?;
     Ok(systems)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_count_from_the_files_folder() {
+        for (folder, path, whole) in [
+            ("config", "../connectors/", "connectors"),
+            ("config", "..", "."),
+            ("", "../up", "../up"),
+            ("/etc/tidegate", "./connectors", "/etc/tidegate/connectors"),
+            ("config", "/var/lib/tidegate", "/var/lib/tidegate"),
+            ("../../a", "../b", "../../b"),
+        ] {
+            assert_eq!(beside(Path::new(folder), Path::new(path)), Path::new(whole), "{folder} {path}");
+        }
+    }
 }

@@ -67,7 +67,7 @@ impl Connector for Settings {
         ])
     }
 
-    fn groups(&self, _: &str) -> Vec<String> {
+    fn groups(&self) -> Vec<String> {
         Vec::new()
     }
 

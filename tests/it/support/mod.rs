@@ -11,9 +11,9 @@ pub mod postgres;
 pub mod process;
 pub mod proxy;
 pub mod python;
-pub mod shop;
 pub mod tryton;
 pub mod wait;
+pub mod worker;
 
 pub use apicurio::Apicurio;
 pub use http::http;
@@ -24,3 +24,4 @@ pub use proxy::{Fault, Proxy, Script};
 pub use python::python;
 pub use tryton::Tryton;
 pub use wait::eventually;
+pub use worker::{WorkerLog, Workshop};
