@@ -18,7 +18,7 @@ mod program;
 mod rewrite;
 mod scope;
 #[cfg(test)]
-mod shop;
+mod shop_tests;
 mod template;
 #[cfg(test)]
 mod tests;

@@ -127,8 +127,8 @@ impl Login {
             return Err(ConfigError::new(&header.place, "`header` must be a header's name and value")
                 .hint("for example `header: \"Authorization: Bearer {{ .access_token }}\"`"));
         };
-        let value = Spanned::new(value.trim().to_owned(), header.place.clone());
-        let name = Spanned::new(name.to_owned(), header.place.clone());
+        let end = header.value.trim_end().len();
+        let (name, value) = (header.part(0..name.len()), header.part(end - value.trim().len()..end));
         let again_on = match section.node("again.on")? {
             Some(node) => statuses(&node, "again.on")?,
             None => vec![(401, 401)],

@@ -79,7 +79,8 @@ impl RequestTemplate {
         if !(path.starts_with('/') || path.starts_with("http://") || path.starts_with("https://")) {
             return Err(wrong(format!("the path `{path}` must begin with `/`")));
         }
-        let path_text = Spanned::new(path.to_owned(), line.place.clone());
+        let end = line.value.trim_end().len();
+        let path_text = line.part(end - path.len()..end);
         Ok(RequestTemplate {
             method,
             text: path.to_owned(),

@@ -145,3 +145,156 @@ async fn two_files_with_one_name_are_told() {
     let files = Files::new(&[("a.yaml", "name: x\ntype: t\n"), ("b.yaml", "type: t\nname: x\n")]);
     files.refused(&["b.yaml:2:7: a connector `x` is in", "a.yaml too"]).await;
 }
+
+const SYSTEM: &str =
+    "systems:\n  erp:\n    base_url: http://127.0.0.1:1/api\n    define: |\n      def q: tojson | @base64;\n";
+
+#[tokio::test]
+async fn wrong_systems_are_refused_with_place_line_and_hint() {
+    let files = Files::new(&[]);
+    let wrong: [(&str, &[&str]); 7] = [
+        ("    bsae_url: x", &[":7:5: unknown setting `bsae_url` in", "did you mean `base_url`?"]),
+        ("    auth: { type: bearer, tokn: x }", &["`token` is missing in auth", ":7:27", "did you mean it by `tokn`?"]),
+        ("    auth: { type: bearrer, token: x }", &[":7:19: `bearrer` is no type of auth", "one of: bearer"]),
+        ("    probe: FETCH /x", &[":7:12: `FETCH` is no HTTP method", "a method and a path"]),
+        ("    headers: { A: '{{ {company: 1} | qq }}' }", &[":7:38: jq has no function `qq`", "did you mean `q`?"]),
+        ("    errors: [ { status: 500, then: rejct } ]", &[":7:36: `then` must be one of", "did you mean `reject`?"]),
+        ("    budget: { requests: 0, per: 1s }", &[":7:25: `requests` must be at least 1"]),
+    ];
+    for (line, expected) in wrong {
+        files.settings(&format!("{SETTINGS}{SYSTEM}{line}\n"));
+        files.refused(expected).await;
+    }
+    files.settings(&format!(
+        "{SETTINGS}systems:\n  erp:\n    base_url: http://x/\n    define: |\n      def q: .a |\n        tojsn;\n"
+    ));
+    files.refused(&[":7:9: jq has no function `tojsn` here", "  7 |         tojsn;", "did you mean `tojson`?"]).await;
+}
+
+const PULL: &str = "name: x\ntype: http-pull\nsystem: erp\nobject: party\nrequest: GET /party\ninto: public.customers\nmap: '{name}'\n";
+
+#[tokio::test]
+async fn wrong_connectors_are_refused_with_place_line_and_hint() {
+    let files = Files::new(&[]);
+    files.settings(&format!("{SETTINGS}{SYSTEM}"));
+    let pull = |old: &str, new: &str| {
+        assert!(PULL.contains(old));
+        PULL.replace(old, new)
+    };
+    let capture = "name: x\ntype: postgres-source\n";
+    let wrong: Vec<(String, &[&str])> = vec![
+        (
+            pull("map: '{name}'", "map: |\n  { name,\n    email: .emial | lenght }"),
+            &["x.yaml:9:21: jq has no function `lenght`", "did you mean `length`?"],
+        ),
+        (
+            pull("map: '{name}'", "map: { name: .name }"),
+            &["x.yaml:7:6: `map` must be a text, but is a map", "put quotes around"],
+        ),
+        (pull("map: '{name}'", "map: .name && .x"), &["x.yaml:7:12: this is not jq", "write `and`"]),
+        (pull("system: erp", "system: epr"), &["x.yaml:3:9: there is no system `epr`", "known: erp"]),
+        (
+            pull("GET /party", "GET /party/{{ $cursr }}"),
+            &["x.yaml:5:24: there is no variable `$cursr`", "did you mean `$cursor`?"],
+        ),
+        (pull("GET /party", "/party/{{ .a"), &["x.yaml:5:17: `{{` without its `}}`"]),
+        (
+            pull("into: public.customers", "intoo: public.customers"),
+            &["x.yaml:6:1: `into` is missing in", "did you mean it by `intoo`?"],
+        ),
+        (pull("into:", "every: 1s\ncron: '0 3 * * *'\ninto:"), &["x.yaml:7:7: `every` and `cron` exclude each other"]),
+        (pull("into:", "cron: 61 * * * *\ninto:"), &["x.yaml:6:7: `cron` is no schedule"]),
+        (
+            pull("into:", "paginator: { type: ofset }\ninto:"),
+            &["x.yaml:6:20: `ofset` is no type of paginator", "offset"],
+        ),
+        (
+            pull("into:", "conflict: upstrem\ninto:"),
+            &["x.yaml:6:11: `conflict` must be one of", "did you mean `upstream`?"],
+        ),
+        (
+            pull("into:", "pagniator: { type: offset }\ninto:"),
+            &["x.yaml:6:1: unknown setting `pagniator`", "did you mean `paginator`?"],
+        ),
+        (
+            format!("{capture}topic.prefx: shop\n"),
+            &["x.yaml:3:1: `topic.prefix` is missing", "did you mean it by `topic.prefx`?"],
+        ),
+        (
+            format!("{capture}topic.prefix: shop\nsnapshot.mode: intial\n"),
+            &["x.yaml:4:16: `snapshot.mode` must be one of", "did you mean `initial`?"],
+        ),
+        (
+            format!("{capture}topic.prefix: shop\nslot: {{ nme: a }}\n"),
+            &["x.yaml:4:9: unknown setting `slot.nme`", "did you mean `slot.name`?"],
+        ),
+        (
+            format!("{capture}topic.prefix: shop\ntable.include.list: 'public.(('\n"),
+            &["x.yaml:4:21: ", "regular expression"],
+        ),
+        (
+            "name: a b\ntype: postgres-source\n".to_owned(),
+            &["x.yaml:1:7: `a b` can't be a connector's name", "letters"],
+        ),
+    ];
+    for (text, expected) in wrong {
+        std::fs::write(files.path("connectors/x.yaml"), &text).unwrap();
+        files.refused(expected).await;
+    }
+    // A flat Kafka Connect JSON means the same as nested YAML.
+    std::fs::remove_file(files.path("connectors/x.yaml")).unwrap();
+    let flat = r#"{"name": "x", "type": "postgres-source", "topic.prefix": "shop", "table.include.list": "public.a,public.b",
+        "tombstones.on.delete": "false", "topic.creation.default.partitions": "3"}"#;
+    std::fs::write(files.path("connectors/x.json"), flat).unwrap();
+    let (output, said) = files.validate(&[]).await;
+    assert!(output.status.success() && said.contains("2 files, nothing wrong"), "{said}");
+}
+
+#[test]
+fn every_setting_that_is_read_is_documented_and_none_that_is_not() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let documented = std::fs::read_to_string(root.join("docs/configuration.md")).unwrap();
+    let mut sources = String::new();
+    let mut folders = vec![root.join("src")];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() && !path.ends_with("src/config") {
+                folders.push(path);
+            } else if path.to_str().is_some_and(|path| path.ends_with(".rs") && !path.ends_with("tests.rs")) {
+                let text = std::fs::read_to_string(path).unwrap();
+                sources.push_str(text.split("#[cfg(test)]\nmod tests").next().unwrap());
+            }
+        }
+    }
+    let read = regex::Regex::new(
+        r#"(?:\.(?:take|or|require|section|sections|node|entries)(?:::<[^(]*>)?\(|(?:mode|patterns|program|request)\(section, )\s*"([a-z_.]+)""#,
+    )
+    .unwrap();
+    let mut names: Vec<&str> = read.captures_iter(&sources).map(|found| found.get(1).unwrap().as_str()).collect();
+    names.sort_unstable();
+    names.dedup();
+    assert!(names.len() > 80, "{names:?}");
+    let not_documented: Vec<&&str> = names
+        .iter()
+        .filter(|name| {
+            // Stands as `name`, `prefix.name`, `.name` after its first, or inside an example `{ name: … }`.
+            let last = name.rsplit('.').next().unwrap_or(name);
+            let patterns =
+                [format!("`{name}`"), format!(".{last}`"), format!("{name}:"), format!(" {name},"), format!("{name}.")];
+            !patterns.iter().any(|pattern| documented.contains(pattern))
+        })
+        .collect();
+    assert!(not_documented.is_empty(), "not in docs/configuration.md: {not_documented:?}");
+    let mut unknown = Vec::new();
+    for row in documented.lines().filter(|line| line.starts_with("| `") && !line.contains("| becomes |")) {
+        let first = row.split(" | ").next().unwrap();
+        for name in first.split('`').skip(1).step_by(2).filter(|name| !name.contains(['$', '*'])) {
+            let last = name.rsplit_once('.').map_or(name, |(_, last)| last);
+            if !sources.contains(&format!("{last}\"")) && !["NAME"].contains(&last) {
+                unknown.push(name);
+            }
+        }
+    }
+    assert!(unknown.is_empty(), "documented, but read nowhere: {unknown:?}");
+}
