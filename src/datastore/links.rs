@@ -69,6 +69,15 @@ impl Link {
         }
     }
 
+    /// How many of a create's `steps` are done: all, where the counterpart was not made by this create.
+    pub fn steps_done(&self, steps: usize) -> usize {
+        match usize::try_from(self.step) {
+            Ok(0) | Err(_) if self.external.is_some() => steps,
+            Ok(done) => done,
+            Err(_) => 0,
+        }
+    }
+
     /// What `$link` and `link("object"; key)` show: `{id, …kept facts}`; `None` without a counterpart.
     pub fn shown(&self) -> Option<Value> {
         let mut shown = Map::new();
@@ -209,7 +218,7 @@ async fn lock_absent<C: GenericClient>(transaction: &C, key: &LinkKey) -> Result
 /// The link as it is, unlocked. A key that is no object means the one column of the key.
 pub async fn find_link<C: GenericClient>(client: &C, key: &LinkKey) -> Result<Option<Link>, DatastoreError> {
     // A scalar key's column is not named; composite keys are asked for by name.
-    let by = if key.key.is_object() { "local_key = $3" } else { "key_values = jsonb_build_array($3::jsonb)" };
+    let by = if key.key.is_object() { "local_key = $3" } else { "key_text = $3::jsonb #>> '{}'" };
     let select = client
         .prepare_cached(&format!("SELECT {COLUMNS} FROM tidegate.links WHERE system = $1 AND object = $2 AND {by}"))
         .await?;

@@ -102,7 +102,7 @@ const SATISFIED: &str = "(p.waits_key IS NOT NULL AND EXISTS (SELECT FROM tidega
      AND l.object = p.waits_object AND l.external_id IS NOT NULL AND NOT l.deleted \
      AND coalesce(l.intent->>'operation', 'update') IN ('update', 'delete') AND \
      (CASE WHEN jsonb_typeof(p.waits_key) = 'object' THEN l.local_key = p.waits_key \
-      ELSE l.key_values = jsonb_build_array(p.waits_key) END)))";
+      ELSE l.key_text = p.waits_key #>> '{}' END)))";
 
 fn summary(row: &Row) -> ParkedSummary {
     let kind: String = row.get(5);
@@ -199,22 +199,20 @@ pub async fn park<C: GenericClient>(
     Ok(())
 }
 
-/// True when the key has a queue, so that a later record of it must stand behind. The record itself does not
-/// count: it may have been parked by an earlier attempt.
-pub async fn is_parked<C: GenericClient>(
+/// Places (topic, partition, offset) of the records in the key's queue, oldest first: a later record of the key must
+/// stand behind them, one that is among them is parked already.
+pub async fn parked_places<C: GenericClient>(
     client: &C,
     connector: &str,
     key: &Value,
-    record: &ConsumedRecord,
-) -> Result<bool, DatastoreError> {
+) -> Result<Vec<(String, i32, i64)>, DatastoreError> {
     let select = client
         .prepare_cached(
-            "SELECT EXISTS (SELECT FROM tidegate.parked WHERE connector = $1 AND key = $2 \
-             AND NOT (topic = $3 AND \"partition\" = $4 AND \"offset\" = $5))",
+            "SELECT topic, \"partition\", \"offset\" FROM tidegate.parked WHERE connector = $1 AND key = $2 ORDER BY seq",
         )
         .await?;
-    let topic = record.topic.as_ref();
-    Ok(client.query_one(&select, &[&connector, key, &topic, &record.partition, &record.offset.0]).await?.get(0))
+    let rows = client.query(&select, &[&connector, key]).await?;
+    Ok(rows.iter().map(|row| (row.get(0), row.get(1), row.get(2))).collect())
 }
 
 /// Heads of queues that may be tried now: told to, their link is there, their time is up, or nothing is before

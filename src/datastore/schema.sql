@@ -4,7 +4,9 @@ CREATE TABLE tidegate.links (
     object         text NOT NULL,
     table_name     text NOT NULL,
     local_key      jsonb NOT NULL CHECK (jsonb_typeof(local_key) = 'object'),
-    key_values     jsonb NOT NULL GENERATED ALWAYS AS (jsonb_path_query_array(local_key, '$.*')) STORED,
+    -- The one value of a key of one column, as text: what link("object"; 7) asks by.
+    key_text       text GENERATED ALWAYS AS (CASE WHEN jsonb_array_length(jsonb_path_query_array(local_key, '$.*')) = 1
+                       THEN jsonb_path_query_array(local_key, '$.*') ->> 0 END) STORED,
     external_id    text,
     external_json  json,
     base_doc       json,
@@ -22,7 +24,7 @@ CREATE TABLE tidegate.links (
     PRIMARY KEY (system, object, local_key)
 );
 CREATE UNIQUE INDEX links_external ON tidegate.links (system, object, external_id) WHERE external_id IS NOT NULL;
-CREATE INDEX links_key_values ON tidegate.links (system, object, key_values);
+CREATE INDEX links_key_text ON tidegate.links (system, object, key_text);
 CREATE TABLE tidegate.parked (
     seq          bigserial NOT NULL UNIQUE,
     connector    text NOT NULL,

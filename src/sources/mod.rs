@@ -1,4 +1,5 @@
 //! Where batches come from: the WAL, a system over HTTP, the log.
 
 pub mod http;
+pub mod log;
 pub mod postgres;

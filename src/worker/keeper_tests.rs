@@ -50,7 +50,7 @@ impl Connector for Scripted {
         BTreeMap::new()
     }
 
-    fn groups(&self) -> Vec<String> {
+    fn groups(&self, _: &str) -> Vec<String> {
         Vec::new()
     }
 

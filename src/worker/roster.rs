@@ -167,7 +167,7 @@ impl Roster {
         if self.leaving.iter().any(|(leaving, _)| leaving == name) {
             return Ok(Outcome::Later);
         }
-        let groups = loaded.connector.groups();
+        let groups = loaded.connector.groups(&loaded.name);
         self.remember(name, |known| {
             known.kind = loaded.kind.clone();
             known.file = path.to_owned();

@@ -2,6 +2,7 @@
 //! `run`, `plan`, `preview`, `reset`, `forget`. A new kind is one file here and one line in [`read`].
 
 pub mod http_pull;
+pub mod http_sink;
 pub mod postgres_source;
 
 use std::collections::BTreeMap;
@@ -30,8 +31,8 @@ pub type Identity = BTreeMap<String, String>;
 pub trait Connector: Send + Sync + 'static {
     fn identity(&self) -> Identity;
 
-    /// Consumer groups that it reads the log with.
-    fn groups(&self) -> Vec<String>;
+    /// Consumer groups that it reads the log with, under the connector's name.
+    fn groups(&self, name: &str) -> Vec<String>;
 
     /// Works until told to stop.
     async fn run(&self, context: ConnectorContext) -> Result<(), Fault>;
@@ -54,6 +55,7 @@ pub fn read(
     world: &World<'_>,
 ) -> Result<Arc<dyn Connector>, ConfigError> {
     match kind.as_str() {
+        "http-sink" => http_sink::read(section, world),
         "http-pull" => Ok(Arc::new(http_pull::Settings::read(section, world)?)),
         "postgres-source" => Ok(Arc::new(postgres_source::Settings::read(section, world)?)),
         other => Err(ConfigError::new(&kind.place, format!("there is no connector type `{other}`"))

@@ -37,7 +37,7 @@ impl Connector for Settings {
         ])
     }
 
-    fn groups(&self) -> Vec<String> {
+    fn groups(&self, _: &str) -> Vec<String> {
         Vec::new()
     }
 

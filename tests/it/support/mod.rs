@@ -11,6 +11,7 @@ pub mod postgres;
 pub mod process;
 pub mod proxy;
 pub mod python;
+pub mod shop;
 pub mod tryton;
 pub mod wait;
 pub mod worker;

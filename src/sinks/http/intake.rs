@@ -1,0 +1,117 @@
+//! What the sink works on: the group's records, and parked ones whose time has come, never both in one batch.
+//!
+//! Coming by the same way, one after the other, parked and live records of a key can't overtake each other.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::time::Instant;
+
+use crate::datastore::{Datastore, Parked, ParkedKind, parked_counts, parked_ready};
+use crate::log::ConsumedRecord;
+use crate::pipeline::{Batch, Fault, Source, Status};
+use crate::sources::log::{LogSource, Offsets};
+
+/// How often the parked records are looked at.
+const LOOK: Duration = Duration::from_millis(500);
+/// Queues taken up at once.
+const AT_ONCE: i64 = 200;
+
+/// A batch of the sink.
+pub enum Work {
+    Records(Vec<ConsumedRecord>),
+    Parked(Vec<Parked>),
+}
+
+pub struct Intake {
+    log: LogSource,
+    datastore: Datastore,
+    connector: String,
+    status: std::sync::Arc<Status>,
+    look_at: Instant,
+    ticks: u32,
+}
+
+impl Intake {
+    pub fn new(log: LogSource, datastore: Datastore, connector: &str, status: std::sync::Arc<Status>) -> Self {
+        Intake { log, datastore, connector: connector.to_owned(), status, look_at: Instant::now(), ticks: 0 }
+    }
+
+    async fn ready(&mut self) -> Result<Vec<Parked>, Fault> {
+        let client = self.datastore.client().await?;
+        let mut parked = parked_ready(&client, &self.connector, AT_ONCE).await?;
+        parked.retain(|parked| self.log.owns(&parked.summary.topic, parked.summary.partition));
+        Ok(parked)
+    }
+
+    async fn tell_parked(&mut self) -> Result<(), Fault> {
+        let client = self.datastore.client().await?;
+        let (mut rejected, mut waiting) = (0, 0);
+        for (connector, kind, count) in parked_counts(&client).await? {
+            if connector == self.connector {
+                *(if kind == ParkedKind::Rejected { &mut rejected } else { &mut waiting }) += count;
+            }
+        }
+        self.status.set_fact("dead_letters", rejected);
+        self.status.set_fact("waiting", waiting);
+        let name = self.connector.clone();
+        metrics::gauge!("tidegate_dead_letters", "connector" => name.clone()).set(rejected as f64);
+        metrics::gauge!("tidegate_waiting_records", "connector" => name).set(waiting as f64);
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Source for Intake {
+    type Batch = Work;
+    type Mark = Offsets;
+
+    async fn next(&mut self) -> Result<Batch<Work, Offsets>, Fault> {
+        loop {
+            if self.look_at <= Instant::now() {
+                let parked = self.ready().await?;
+                self.look_at = Instant::now() + LOOK;
+                if !parked.is_empty() {
+                    let (events, bytes) = (parked.len(), parked.iter().map(|p| size(&p.record)).sum());
+                    return Ok(Batch { body: Work::Parked(parked), mark: Offsets::new(), events, bytes });
+                }
+            }
+            tokio::select! {
+                batch = self.log.next() => {
+                    let batch = batch?;
+                    return Ok(Batch {
+                        body: Work::Records(batch.body),
+                        mark: batch.mark,
+                        events: batch.events,
+                        bytes: batch.bytes,
+                    });
+                }
+                () = tokio::time::sleep_until(self.look_at) => {}
+            }
+        }
+    }
+
+    async fn acknowledge(&mut self, mark: Offsets) -> Result<(), Fault> {
+        self.log.acknowledge(mark).await
+    }
+
+    async fn restart(&mut self) -> Result<(), Fault> {
+        self.log.restart().await
+    }
+
+    async fn tick(&mut self, paused: bool) -> Result<(), Fault> {
+        self.ticks = self.ticks.wrapping_add(1);
+        if self.ticks % 3 == 1 {
+            self.tell_parked().await?;
+        }
+        self.log.tick(paused).await
+    }
+
+    async fn close(&mut self) -> Result<(), Fault> {
+        self.log.close().await
+    }
+}
+
+fn size(record: &ConsumedRecord) -> usize {
+    record.key.as_ref().map_or(0, |key| key.len()) + record.value.as_ref().map_or(0, |value| value.len())
+}

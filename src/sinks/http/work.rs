@@ -1,0 +1,192 @@
+//! Records to units of work: the events of one key in a batch are one attempt.
+
+use std::collections::HashMap;
+
+use serde_json::{Value, json};
+
+use super::deliver::Delivery;
+use super::intake::Work;
+use super::outcome::Rejection;
+use crate::datastore::{Client, Command, Parked, ParkedKind, TableName, parked_places, parked_queue, unpark};
+use crate::event::{Change, Operation};
+use crate::log::ConsumedRecord;
+use crate::pipeline::{Counts, Fault};
+
+/// Records of one queue that are taken up at once.
+const QUEUE: i64 = 500;
+
+pub struct Event {
+    pub record: ConsumedRecord,
+    pub change: Change,
+}
+
+/// All that a batch has for one key, in order.
+pub struct KeyWork {
+    pub table: TableName,
+    pub key: Value,
+    pub events: Vec<Event>,
+    /// The events come from this queue of parked records: that of the key, or of a record that could not be read.
+    pub queue: Option<Value>,
+}
+
+impl KeyWork {
+    /// Nothing but rows read by a snapshot.
+    pub fn is_snapshot(&self) -> bool {
+        self.events.iter().all(|event| event.change.operation == Operation::Read)
+    }
+
+    /// Nothing but what was pulled from the system itself.
+    pub fn is_echo_of(&self, system: &str) -> bool {
+        self.events.iter().all(|event| event.change.origin.as_deref() == Some(system))
+    }
+}
+
+impl Delivery {
+    /// What is to be done for a batch, and counts of what needs nothing more.
+    pub(super) async fn sort(&self, work: Work) -> Result<(Vec<KeyWork>, Counts), Fault> {
+        match work {
+            Work::Records(records) => self.sort_records(records).await,
+            Work::Parked(parked) => self.sort_parked(parked).await,
+        }
+    }
+
+    async fn sort_records(&self, records: Vec<ConsumedRecord>) -> Result<(Vec<KeyWork>, Counts), Fault> {
+        let mut counts = Counts::default();
+        let mut works: Vec<KeyWork> = Vec::new();
+        let mut places: HashMap<(String, String), usize> = HashMap::new();
+        let client = self.datastore.client().await?;
+        for record in records {
+            counts.bytes += record.value.as_ref().map_or(0, |value| value.len()) as u64;
+            let keys = match self.decode(&record).await? {
+                Ok(Some(change)) => match self.keys(&client, &change).await? {
+                    Ok(keys) if keys.is_empty() => {
+                        counts.skipped += 1;
+                        continue;
+                    }
+                    Ok(keys) => keys.into_iter().map(|(table, key)| (table, key, change.clone())).collect::<Vec<_>>(),
+                    Err(rejection) => {
+                        self.refuse(&client, record, &rejection).await?;
+                        counts.rejected += 1;
+                        continue;
+                    }
+                },
+                Ok(None) => {
+                    counts.skipped += 1;
+                    continue;
+                }
+                Err(rejection) => {
+                    self.refuse(&client, record, &rejection).await?;
+                    counts.rejected += 1;
+                    continue;
+                }
+            };
+            for (table, key, change) in keys {
+                let event = Event { record: record.clone(), change };
+                let at = *places.entry((table.to_string(), key.to_string())).or_insert_with(|| {
+                    works.push(KeyWork { table, key, events: Vec::new(), queue: None });
+                    works.len() - 1
+                });
+                works[at].events.push(event);
+            }
+        }
+        Ok((works, counts))
+    }
+
+    /// Heads of queues whose time has come, each with those behind it.
+    async fn sort_parked(&self, heads: Vec<Parked>) -> Result<(Vec<KeyWork>, Counts), Fault> {
+        let mut counts = Counts::default();
+        let mut works = Vec::new();
+        let client = self.datastore.client().await?;
+        for head in heads {
+            let key = &head.summary.key;
+            if head.summary.command == Some(Command::Drop) {
+                unpark(&client, &self.connector, key, &head.record).await?;
+                tracing::info!(connector = self.connector, %key, offset = head.summary.offset, "a dead letter was dropped");
+                continue;
+            }
+            if head.summary.kind == ParkedKind::Waiting && !head.satisfied && head.summary.command.is_none() {
+                let reason = format!("waited too long: {}", head.summary.reason);
+                self.set_rejected(&client, key, &head.record, &Rejection::because(reason)).await?;
+                counts.rejected += 1;
+                continue;
+            }
+            let mut events = Vec::new();
+            let mut own: Option<(TableName, Value)> = None;
+            for parked in parked_queue(&client, &self.connector, key, QUEUE).await? {
+                match self.decode(&parked.record).await? {
+                    Ok(Some(change)) => {
+                        let keys = match self.keys(&client, &change).await? {
+                            Ok(keys) => keys,
+                            Err(rejection) => {
+                                self.set_rejected(&client, key, &parked.record, &rejection).await?;
+                                break;
+                            }
+                        };
+                        // A record that could not be read before has another key now.
+                        let found = keys.iter().find(|(_, own)| own == key).or(keys.first()).cloned();
+                        match found {
+                            Some(found) => {
+                                own.get_or_insert(found);
+                                events.push(Event { record: parked.record, change });
+                            }
+                            None => unpark(&client, &self.connector, key, &parked.record).await?,
+                        }
+                    }
+                    Ok(None) => unpark(&client, &self.connector, key, &parked.record).await?,
+                    Err(rejection) => {
+                        self.set_rejected(&client, key, &parked.record, &rejection).await?;
+                        break;
+                    }
+                }
+            }
+            if let Some((table, own)) = own {
+                works.push(KeyWork { table, key: own, events, queue: Some(key.clone()) });
+            }
+        }
+        Ok((works, counts))
+    }
+
+    /// `Err`: the record can't be read, and never will; `None`: there is nothing in it to deliver.
+    async fn decode(&self, record: &ConsumedRecord) -> Result<Result<Option<Change>, Rejection>, Fault> {
+        match self.decoder.change(record).await {
+            Ok(Some(change)) if matches!(change.operation, Operation::Truncate | Operation::Message) => {
+                if change.operation == Operation::Truncate {
+                    tracing::warn!(
+                        connector = self.connector,
+                        table = format!("{}.{}", change.schema, change.table),
+                        "a truncate is not delivered: it does not say which rows are gone"
+                    );
+                }
+                Ok(Ok(None))
+            }
+            Ok(change) => Ok(Ok(change)),
+            Err(error) if error.is_retriable() => Err(Fault::unavailable(error.to_string(), None)),
+            Err(error) => Ok(Err(Rejection::because(format!("the record can't be decoded: {error}")))),
+        }
+    }
+
+    async fn keys(
+        &self,
+        client: &Client,
+        change: &Change,
+    ) -> Result<Result<Vec<(TableName, Value)>, Rejection>, Fault> {
+        let keys = self.shape.keys(client, (self.settings.system.name(), &self.settings.object), change).await?;
+        if let Some((table, _)) = keys.iter().find(|(_, key)| key.as_object().is_none_or(serde_json::Map::is_empty))
+            && !self.sends_changes()
+        {
+            return Ok(Err(Rejection::because(format!(
+                "table {table} has no key, so its rows can't be linked; give it one, or use `send: change`"
+            ))));
+        }
+        Ok(Ok(keys))
+    }
+
+    /// Sets a record aside that belongs to no key.
+    async fn refuse(&self, client: &Client, record: ConsumedRecord, rejection: &Rejection) -> Result<(), Fault> {
+        let key = json!({ "record": format!("{}-{}@{}", record.topic, record.partition, record.offset) });
+        if parked_places(client, &self.connector, &key).await?.is_empty() {
+            self.set_rejected(client, &key, &record, rejection).await?;
+        }
+        Ok(())
+    }
+}
