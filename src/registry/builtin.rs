@@ -227,8 +227,15 @@ impl BuiltinRegistry {
             if !reasons.is_empty() {
                 return Err(BuiltinError::Incompatible { subject: subject.to_owned(), reasons });
             }
-            conn.execute("INSERT OR IGNORE INTO schemas (text) VALUES (?1)", [&*text])?;
-            let id: u32 = conn.query_row("SELECT id FROM schemas WHERE text = ?1", [&*text], |row| row.get(0))?;
+            // Looked for first: an insert that is ignored would use up an id.
+            let known: Option<u32> =
+                conn.query_row("SELECT id FROM schemas WHERE text = ?1", [&*text], |row| row.get(0)).optional()?;
+            let id = match known {
+                Some(id) => id,
+                None => {
+                    conn.query_row("INSERT INTO schemas (text) VALUES (?1) RETURNING id", [&*text], |r| r.get(0))?
+                }
+            };
             let version = all.iter().map(|found| found.version).max().unwrap_or(0) + 1;
             conn.execute(
                 "INSERT INTO versions (subject, version, schema) VALUES (?1, ?2, ?3)",

@@ -1,1 +1,294 @@
+//! What can happen to a broker, and what the log makes of it: nothing missing, order per key kept.
+#![cfg(feature = "kafka")]
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tidegate::event::{HeaderSet, Offset, RecordBatch, TopicPartition};
+use tidegate::log::{ConsumedRecord, KafkaLog, KafkaSettings, Log, LogError, PollLimit, Polled, StartAt, TopicSpec};
+
+use crate::log_conformance::{DEADLINE, LIMIT, batch, consume_count, done, read_all, text, topic, write_numbers};
+use crate::support::{Kafka, eventually};
+
+async fn open(kafka: &Kafka) -> KafkaLog {
+    let mut settings = KafkaSettings::new(&kafka.bootstrap());
+    settings.unavailable_after = Duration::from_secs(2);
+    KafkaLog::open(settings).await.unwrap()
+}
+
+/// Numbers in batches of ten, each with the position behind it, until `until` says so; goes back to the stored
+/// position after every failure, as a source does. Gives how many were durable at the end, and the failures.
+async fn write_until(log: &KafkaLog, stop: &std::sync::atomic::AtomicBool) -> (u64, u64) {
+    let name: Arc<str> = "numbers".into();
+    let (mut durable, mut failures) = (0, 0);
+    let stopped = || stop.load(std::sync::atomic::Ordering::Relaxed);
+    'again: loop {
+        let Ok(mut writer) = log.writer("s").await else {
+            failures += 1;
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            continue;
+        };
+        let Ok(position) = writer.position().await else { continue };
+        let stored = position.map_or(0, |position| String::from_utf8(position).unwrap().parse().unwrap());
+        assert!(stored >= durable, "told {durable}, stored {stored}");
+        durable = stored;
+        let mut next: u64 = stored;
+        let mut tickets = std::collections::VecDeque::new();
+        loop {
+            if !stopped() {
+                let mut records = RecordBatch::new();
+                for _ in 0..10 {
+                    let key = format!("k{}", next % 7);
+                    records.push(&name, Some(key.as_bytes()), Some(next.to_string().as_bytes()), &HeaderSet::default());
+                    next += 1;
+                }
+                match writer.append(records, Some(next.to_string().into_bytes())).await {
+                    Ok(ticket) => tickets.push_back((next, ticket)),
+                    Err(error) => {
+                        assert!(error.is_retriable(), "{error}");
+                        failures += 1;
+                        continue 'again;
+                    }
+                }
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            while tickets.len() > 20 || (stopped() && !tickets.is_empty()) {
+                let Some((upto, ticket)) = tickets.pop_front() else { break };
+                match ticket.await {
+                    Ok(_) => durable = upto,
+                    Err(error) => {
+                        assert!(error.is_retriable(), "{error}");
+                        failures += 1;
+                        continue 'again;
+                    }
+                }
+            }
+            if stopped() && tickets.is_empty() {
+                return (durable, failures);
+            }
+        }
+    }
+}
+
+/// Every number is there, and per key each first appears in order.
+fn nothing_missing(records: &[ConsumedRecord], durable: u64) -> usize {
+    let mut seen: BTreeMap<String, Vec<u64>> = BTreeMap::new();
+    for record in records {
+        let numbers = seen.entry(text(&record.key).to_owned()).or_default();
+        let number = text(&record.value).parse().unwrap();
+        if !numbers.contains(&number) {
+            assert!(numbers.last().is_none_or(|last| *last < number), "{}: {number} came late", text(&record.key));
+            numbers.push(number);
+        }
+    }
+    let all: BTreeSet<u64> = seen.into_values().flatten().collect();
+    let missing: Vec<u64> = (0..durable).filter(|number| !all.contains(number)).take(5).collect();
+    assert!(missing.is_empty(), "{durable} durable, missing {missing:?} …");
+    records.len() - all.len()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broker_stopped_and_killed_loses_nothing_and_says_that_it_is_away() {
+    let kafka = Kafka::own().await;
+    let log = Arc::new(open(&kafka).await);
+    log.ensure_topic(&topic("numbers", 3)).await.unwrap();
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let writing = {
+        let (log, stop) = (log.clone(), stop.clone());
+        tokio::spawn(async move { write_until(&log, &stop).await })
+    };
+    let consuming = {
+        let (log, stop) = (log.clone(), stop.clone());
+        tokio::spawn(async move {
+            let mut consumer = log.consumer("folder", &["numbers".to_owned()]).await.unwrap();
+            let mut count = 0;
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                match consumer.poll(&LIMIT).await {
+                    Ok(Polled::Records(records)) if !records.is_empty() => {
+                        count += records.len();
+                        if consumer.commit(&done(&records)).await.is_err() {
+                            while consumer.rewind().await.is_err() {}
+                        }
+                    }
+                    Ok(_) => {}
+                    Err(error) => assert!(error.is_retriable(), "{error}"),
+                }
+            }
+            consumer.close().await.unwrap();
+            count
+        })
+    };
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    kafka.kill9().await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    kafka.start().await;
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    kafka.stop().await;
+    // Whoever asks meanwhile is told, and soon.
+    let asked = Instant::now();
+    let away = log.topics().await.unwrap_err();
+    assert!(matches!(away, LogError::Unavailable(_)) && asked.elapsed() < Duration::from_secs(35), "{away}");
+    kafka.start().await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    let (durable, failures) = tokio::time::timeout(Duration::from_secs(60), writing).await.unwrap().unwrap();
+    let consumed = tokio::time::timeout(Duration::from_secs(60), consuming).await.unwrap().unwrap();
+    assert!(failures > 0, "the outage was noticed");
+    let records = read_all(&*log, "numbers").await;
+    let doubled = nothing_missing(&records, durable);
+    println!("{durable} durable, {failures} failures, {doubled} doubled, {consumed} consumed meanwhile");
+    assert!(durable > 500 && consumed > 0);
+    assert_eq!(doubled, 0, "one process over an outage doubles nothing");
+    log.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broker_that_hangs_is_unavailable_within_seconds_and_what_was_accepted_arrives_later() {
+    let kafka = Kafka::own().await;
+    let log = open(&kafka).await;
+    log.ensure_topic(&topic("t", 1)).await.unwrap();
+    let mut writer = log.writer("s").await.unwrap();
+    writer.append(batch("t", [("k", "0")]), Some(b"0".to_vec())).await.unwrap().await.unwrap();
+    kafka.freeze();
+    let start = Instant::now();
+    let first = writer.append(batch("t", [("k", "1")]), Some(b"1".to_vec())).await.unwrap();
+    let second = writer.append(batch("t", [("k", "2")]), Some(b"2".to_vec())).await.unwrap();
+    let error = first.await.unwrap_err();
+    assert!(matches!(error, LogError::Unavailable(_)), "{error}");
+    assert!(start.elapsed() < Duration::from_secs(6), "{:?}", start.elapsed());
+    assert!(second.await.is_err(), "and so is what came after");
+    let refused = writer.append(batch("t", [("k", "3")]), None).await;
+    assert!(refused.is_err_and(|error| error.is_retriable()));
+    kafka.thaw();
+    let mut writer = eventually(DEADLINE, "a new writer", async || log.writer("s").await).await;
+    // What was accepted has been settled before the new writer began: nothing has to be written again.
+    assert_eq!(writer.position().await.unwrap(), Some(b"2".to_vec()));
+    writer.append(batch("t", [("k", "3")]), Some(b"3".to_vec())).await.unwrap().await.unwrap();
+    let records = read_all(&log, "t").await;
+    assert_eq!(records.iter().map(|r| text(&r.value)).collect::<Vec<_>>(), ["0", "1", "2", "3"]);
+    log.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn retention_that_took_unread_records_is_an_error_until_the_group_is_reset() {
+    let kafka = Kafka::shared().await;
+    let log = open(kafka).await;
+    let name = format!("gone.{}", uuid::Uuid::new_v4().simple());
+    let (topics, group) = ([name.clone()], format!("{name}.group"));
+    log.ensure_topic(&topic(&name, 1)).await.unwrap();
+    write_numbers(&log, &name, 0, 10, 1).await;
+    let mut consumer = log.consumer(&group, &topics).await.unwrap();
+    let records = consume_count(&mut *consumer, 10).await;
+    consumer.commit(&done(&records[..3])).await.unwrap();
+    consumer.close().await.unwrap();
+    // As retention would: the first six are removed.
+    let admin: rdkafka::admin::AdminClient<rdkafka::client::DefaultClientContext> =
+        rdkafka::ClientConfig::new().set("bootstrap.servers", kafka.bootstrap()).create().unwrap();
+    let mut list = rdkafka::TopicPartitionList::new();
+    list.add_partition_offset(&name, 0, rdkafka::Offset::Offset(6)).unwrap();
+    admin.delete_records(&list, &Default::default()).await.unwrap();
+
+    let mut consumer = log.consumer(&group, &topics).await.unwrap();
+    for _ in 0..2 {
+        let error = eventually(DEADLINE, "an error", async || consumer.poll(&LIMIT).await.err()).await;
+        let LogError::OutOfRange { wanted, first, next, .. } = error else { panic!("{error}") };
+        assert_eq!((wanted.0, first.0, next.0), (3, 6, 10));
+    }
+    consumer.close().await.unwrap();
+    log.reset_group(&group, &topics, StartAt::Beginning).await.unwrap();
+    let mut consumer = log.consumer(&group, &topics).await.unwrap();
+    assert_eq!(consume_count(&mut *consumer, 4).await[0].offset, Offset(6));
+    consumer.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_record_that_is_too_large_is_named_and_nothing_after_it_is_written() {
+    let log = open(Kafka::shared().await).await;
+    let name = format!("large.{}", uuid::Uuid::new_v4().simple());
+    log.ensure_topic(&topic(&name, 1)).await.unwrap();
+    let mut writer = log.writer(&name).await.unwrap();
+    let large = "x".repeat(3 << 20);
+    let too_large = writer.append(batch(&name, [("k", large.as_str())]), Some(b"1".to_vec())).await.unwrap();
+    let after = writer.append(batch(&name, [("k", "small")]), Some(b"2".to_vec())).await;
+    let error = too_large.await.unwrap_err();
+    assert!(matches!(&error, LogError::Invalid(t) if t.contains(&name) && t.contains("message.max.bytes")), "{error}");
+    assert!(match after {
+        Ok(ticket) => ticket.await.is_err(),
+        Err(_) => true,
+    });
+    assert_eq!(log.writer(&name).await.unwrap().position().await.unwrap(), None);
+    log.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_secure_broker_takes_us_with_the_right_password_and_topics_get_their_settings() {
+    let kafka = Kafka::own_secure().await;
+    let mut settings = KafkaSettings::new(&kafka.secure_bootstrap());
+    let root = kafka.root_certificate();
+    for (name, value) in [
+        ("security.protocol", "SASL_SSL"),
+        ("sasl.mechanism", "PLAIN"),
+        ("sasl.username", "tidegate"),
+        ("sasl.password", "tidegate"),
+        ("ssl.ca.location", root.to_str().unwrap()),
+    ] {
+        settings.librdkafka.insert(name.into(), value.into());
+    }
+    let log = KafkaLog::open(settings.clone()).await.unwrap();
+    let configured = BTreeMap::from([("cleanup.policy".to_owned(), "compact".to_owned())]);
+    log.ensure_topic(&TopicSpec { settings: configured.clone(), replication_factor: Some(1), ..topic("t", 2) })
+        .await
+        .unwrap();
+    write_numbers(&log, "t", 0, 5, 5).await;
+    assert_eq!(read_all(&log, "t").await.len(), 5);
+    let made = log.topics().await.unwrap().into_iter().find(|topic| topic.name == "t").unwrap();
+    assert_eq!((made.partitions.len(), made.settings), (2, configured));
+    let bad = TopicSpec { settings: BTreeMap::from([("retention.mss".into(), "1".into())]), ..topic("u", 1) };
+    let refused = log.ensure_topic(&bad).await.unwrap_err();
+    assert!(matches!(&refused, LogError::Invalid(text) if text.contains("retention.mss")), "{refused}");
+    log.close().await.unwrap();
+
+    settings.librdkafka.insert("sasl.password".into(), "wrong".into());
+    let refused = KafkaLog::open(settings).await.unwrap().topics().await.unwrap_err();
+    assert!(matches!(&refused, LogError::Unavailable(text) if text.contains("uthentication")), "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_poll_that_is_dropped_loses_nothing_and_an_idle_member_stays() {
+    let log = open(Kafka::shared().await).await;
+    let name = format!("dropped.{}", uuid::Uuid::new_v4().simple());
+    log.ensure_topic(&topic(&name, 2)).await.unwrap();
+    let mut consumer = log.consumer(&name, std::slice::from_ref(&name)).await.unwrap();
+    let few = PollLimit { records: 5, ..LIMIT };
+    let mut places: BTreeSet<TopicPartition> = BTreeSet::new();
+    eventually(DEADLINE, "both partitions", async || {
+        if let Polled::Assigned(more) = consumer.poll(&few).await.unwrap() {
+            places.extend(more);
+        }
+        places.len() == 2
+    })
+    .await;
+    write_numbers(&log, &name, 0, 200, 20).await;
+    let mut seen = BTreeSet::new();
+    let give_up = Instant::now() + DEADLINE;
+    let mut turn = 0;
+    while seen.len() < 200 {
+        assert!(Instant::now() < give_up, "{} of 200 came", seen.len());
+        turn += 1;
+        // Sometimes long idle: the member rests and comes back.
+        if turn == 10 {
+            tokio::time::sleep(Duration::from_millis(4500)).await;
+        }
+        // Dropped after a moment, wherever it is.
+        let moment = Duration::from_micros(if turn % 2 == 0 { 200 } else { 200_000 });
+        if let Ok(polled) = tokio::time::timeout(moment, consumer.poll(&few)).await
+            && let Polled::Records(records) = polled.unwrap()
+        {
+            for record in records {
+                assert!(seen.insert((record.partition, record.offset)), "{record:?} came twice");
+            }
+        }
+    }
+    consumer.close().await.unwrap();
+}

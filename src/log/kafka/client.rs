@@ -55,7 +55,11 @@ impl ConsumerContext for Told {}
 /// What to do about an error of librdkafka.
 pub(super) fn fault(error: &KafkaError, told: &Told) -> LogError {
     use RDKafkaErrorCode as Code;
-    let Some(code) = error.rdkafka_error_code() else {
+    let code = match error {
+        KafkaError::AdminOp(code) => Some(*code),
+        other => other.rdkafka_error_code(),
+    };
+    let Some(code) = code else {
         return LogError::Unavailable(error.to_string());
     };
     let why = told.last_error().map(|last| format!(" ({last})")).unwrap_or_default();
