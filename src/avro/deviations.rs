@@ -55,3 +55,17 @@ pub const DEVIATIONS: &[Deviation] = &[
         why: "a consumer can tell who wrote an event, and whose data it carries",
     },
 ];
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_documentation_lists_them_all() {
+        let page = include_str!("../../docs/debezium-differences.md");
+        let listed = page.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| Tidegate")).count();
+        assert_eq!(listed, super::DEVIATIONS.len());
+        for deviation in super::DEVIATIONS {
+            let line = format!("| {} | {} |", deviation.what, deviation.why);
+            assert!(page.contains(&line), "{line}");
+        }
+    }
+}

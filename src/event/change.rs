@@ -61,7 +61,9 @@ pub struct Change {
     pub key: Value,
     pub before: Value,
     pub after: Value,
-    /// Commit LSN of the row's transaction; for a snapshot row its consistent point.
+    /// The version of the row's transaction: where the commit before it ended (`source.sequence`), which rises from
+    /// transaction to transaction as commits do; for a snapshot row its consistent point. The same for every row of
+    /// a transaction: those are told apart by their order in the log.
     pub commit_lsn: Lsn,
     /// LSN of the row's own record.
     pub lsn: Lsn,

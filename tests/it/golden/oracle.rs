@@ -255,12 +255,18 @@ impl Comparison {
         }
     }
 
-    /// Panics with all that is not as it should be. `needed`: which known differences the test can see.
-    pub fn finish(self, needed: impl Fn(&str, &str) -> bool) {
+    pub fn equal<T: PartialEq + std::fmt::Debug>(&mut self, place: &str, golden: &T, ours: &T) {
+        if golden != ours {
+            self.unknown.push(format!("{place}\n  {golden:?}\n  {ours:?}"));
+        }
+    }
+
+    /// Panics with all that is not as it should be.
+    pub fn finish(self) {
         let gone: Vec<String> = KNOWN
             .iter()
             .enumerate()
-            .filter(|(at, known)| needed(known.table, known.column) && !self.seen.contains(at))
+            .filter(|(at, _)| !self.seen.contains(at))
             .map(|(_, known)| format!("{}.{} no longer differs: {}", known.table, known.column, known.why))
             .collect();
         for at in &self.seen {
