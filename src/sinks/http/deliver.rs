@@ -33,6 +33,8 @@ use crate::twoway::{Direction, MAX_FLIPS, Outgoing, Send, next_flips, what_to_se
 
 /// Between looks at an intent that another worker has open.
 const BUSY: Duration = Duration::from_millis(500);
+/// An intent as old as this is resolved by whoever meets it: its owner may live and have lost the partition since.
+const LONGEST_INTENT_MS: i64 = 300_000;
 /// Pauses between tries of one record.
 const FIRST_PAUSE: Duration = Duration::from_millis(300);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
@@ -207,14 +209,21 @@ impl Delivery {
         let key = self.link_key(old);
         let Some(link) = lock_link(&transaction, &key).await? else { return Ok(true) };
         if let Some(intent) = &link.intent
-            && lease_owner_alive(&transaction, &intent.owner).await?
-            && intent.owner != self.ownership.owner()
+            && self.is_anothers(&transaction, intent).await?
         {
             return Ok(false);
         }
         rekey_link(&transaction, &key, new).await?;
         transaction.commit().await.map_err(db)?;
         Ok(true)
+    }
+
+    /// True while another worker is at it.
+    async fn is_anothers<C: GenericClient>(&self, client: &C, intent: &Intent) -> Result<bool, Fault> {
+        let age = chrono::Utc::now().timestamp_millis() - intent.started_ms;
+        Ok(intent.owner != self.ownership.owner()
+            && age < LONGEST_INTENT_MS
+            && lease_owner_alive(client, &intent.owner).await?)
     }
 
     /// Tries until the outcome is certain.
@@ -244,7 +253,7 @@ impl Delivery {
         let key = self.link_key(&work.key);
         let link = lock_link(&transaction, &key).await?;
         if let Some(intent) = link.as_ref().and_then(|link| link.intent.clone()) {
-            if intent.owner != self.ownership.owner() && lease_owner_alive(&transaction, &intent.owner).await? {
+            if self.is_anothers(&transaction, &intent).await? {
                 return Ok(Next::Again(BUSY));
             }
             drop(transaction);
@@ -336,7 +345,8 @@ impl Delivery {
             Send::Finish(step) => (Doing::Create(step), None),
             Send::Update(changed) => match &settings.update {
                 Update::Request(_) => {
-                    if next_flips(link.flips, Direction::Push, link.quiet_s) > MAX_FLIPS {
+                    link.flips = next_flips(link.flips, Direction::Push, link.quiet_s);
+                    if link.flips > MAX_FLIPS {
                         // A replay starts to count anew.
                         link.flips = 0;
                         save_link(&transaction, &link).await?;
@@ -544,7 +554,6 @@ impl Delivery {
         };
         link.intent = None;
         link.pushed_seq = next_push_seq(&transaction).await?;
-        link.flips = next_flips(link.flips, Direction::Push, link.quiet_s);
         let empty = Value::Null;
         let answer = response.map_or(&empty, |response| &response.body);
         let template = self.template(job.operation)?;

@@ -30,7 +30,7 @@ impl Ownership {
         let client = datastore.client().await?;
         if alone {
             client
-                .execute("DELETE FROM tidegate.leases WHERE name LIKE $1", &[&format!("{}%", name_of(connector, ""))])
+                .execute("DELETE FROM tidegate.leases WHERE starts_with(name, $1)", &[&name_of(connector, "")])
                 .await?;
         }
         acquire_lease(&client, &name_of(connector, &owner), &owner, TIME).await?;
