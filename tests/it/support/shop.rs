@@ -82,7 +82,8 @@ impl Shop {
 
     /// Rows that nobody hears of.
     pub async fn silently(&self, sql: &str) {
-        self.sql(&format!("SET session_replication_role = replica; {sql}; RESET session_replication_role")).await;
+        let superuser = self.database.connect_as_superuser().await;
+        superuser.batch_execute(&format!("SET session_replication_role = replica; {sql}")).await.unwrap();
     }
 
     pub fn context(&self, name: &str) -> (ConnectorContext, watch::Sender<Signal>, CancellationToken) {
