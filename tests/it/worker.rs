@@ -84,13 +84,13 @@ async fn a_new_changed_broken_and_removed_file_takes_effect_and_disturbs_no_othe
     // Put right and changed: both tables now.
     shop.workshop.capture(&second, "public.orders, public.customers");
     eventually(SOON, "ready again", async || shop.workshop.get("/health/ready").await.0 == 200).await;
-    shop.database.execute("INSERT INTO customers VALUES (2, 'Grace')").await;
+    // It is published from some moment on: write until a row comes.
+    let mut id = 100;
     eventually(SOON, "the added table is captured", async || {
-        shop.workshop
-            .consume(&format!("{second}.public.customers"))
-            .await
-            .iter()
-            .any(|record| record["value"]["after"]["name"] == "Grace")
+        id += 1;
+        shop.database.execute(&format!("INSERT INTO customers VALUES ({id}, 'Grace')")).await;
+        let records = shop.workshop.consume(&format!("{second}.public.customers")).await;
+        records.iter().any(|record| record["value"]["after"]["name"] == "Grace")
     })
     .await;
 
