@@ -92,6 +92,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Inside {
     fn fault(&self, error: &KafkaError) -> LogError {
+        // Why it is away (a wrong password, a refused certificate) waits to be said.
+        serve(&self.asking);
         fault(error, &self.told)
     }
 
@@ -264,11 +266,15 @@ async fn drain_all(inside: Weak<Inside>) {
         let Some(inside) = inside.upgrade() else { return };
         let groups: Vec<_> = lock(&inside.groups).values().map(|group| group.asking.clone()).collect();
         for asking in groups.iter().chain([&inside.asking]) {
-            for _ in 0..100 {
-                if asking.poll(Duration::ZERO).is_none() {
-                    break;
-                }
-            }
+            serve(asking);
+        }
+    }
+}
+
+fn serve(asking: &BaseConsumer<Told>) {
+    for _ in 0..100 {
+        if asking.poll(Duration::ZERO).is_none() {
+            return;
         }
     }
 }

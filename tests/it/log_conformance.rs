@@ -514,9 +514,10 @@ mod promises {
         let log = world.log().await;
         log.ensure_topic(&topic(&name, 1)).await.unwrap();
         let mut consumer = log.consumer(&group, std::slice::from_ref(&name)).await.unwrap();
-        write_numbers(&*log, &name, 0, 1, 1).await;
-        consume_count(&mut *consumer, 1).await;
         let mut writer = log.writer(&world.name("s")).await.unwrap();
+        // A producer that has just begun takes a moment to find its brokers.
+        writer.append(batch(&name, [("k", "first")]), None).await.unwrap().await.unwrap();
+        consume_count(&mut *consumer, 1).await;
         let start = Instant::now();
         let writing = async {
             let mut every = tokio::time::interval(Duration::from_millis(2));
