@@ -171,6 +171,8 @@ pub struct HttpSource {
     fresh: bool,
     /// When the last run of this process ended.
     ended: Option<tokio::time::Instant>,
+    /// Runs of this process that are at their end; the last one's last page may still be on its way.
+    runs: u64,
 }
 
 impl HttpSource {
@@ -186,6 +188,7 @@ impl HttpSource {
             looked_at: None,
             fresh: true,
             ended: None,
+            runs: 0,
         }
     }
 
@@ -360,6 +363,7 @@ impl HttpSource {
                 state.last_run = Some(run.began);
                 listed_since = Some(run.push_seq);
                 self.ended = Some(tokio::time::Instant::now());
+                self.runs += 1;
                 tracing::debug!(connector = %self.connector, pages = run.pages, records = run.records, "a run has ended");
                 metrics::counter!("tidegate_pull_runs_total", "connector" => self.connector.to_string()).increment(1);
             }
@@ -497,6 +501,7 @@ impl Source for HttpSource {
     }
 
     async fn acknowledge(&mut self, (): ()) -> Result<(), Fault> {
+        self.status.set_fact("runs", self.runs);
         self.show();
         Ok(())
     }

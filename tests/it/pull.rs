@@ -1,1 +1,518 @@
+//! Pulls into a real PostgreSQL: from a real Tryton, and from a small API for the ways of paging Tryton has not.
 
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tidegate::pipeline::{ConnectorState, ResetTo};
+use tokio_postgres::Client;
+
+use crate::support::{Api, Database, Fault, Postgres, Proxy, Script, Stage, Tryton, Version, eventually};
+
+const PARTS: &str = "CREATE TABLE parts (
+    id serial PRIMARY KEY, sku text UNIQUE, name text, price numeric(10,2) CHECK (price >= 0), note text DEFAULT 'none',
+    at timestamptz, version int NOT NULL DEFAULT 0);
+    CREATE FUNCTION count_version() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN NEW.version := OLD.version + 1; RETURN NEW; END $$;
+    CREATE TRIGGER version BEFORE UPDATE ON parts FOR EACH ROW EXECUTE FUNCTION count_version();";
+
+fn part(id: i64, at: &str) -> Value {
+    json!({"id": id, "sku": format!("S{id}"), "name": format!("part {id}"), "price": "9.90", "at": at})
+}
+
+fn parts(count: i64) -> Vec<Value> {
+    (1..=count).map(|id| part(id, &format!("2026-01-01T00:00:{:02}Z", id % 60))).collect()
+}
+
+async fn world(name: &str) -> (Database<'static>, Client) {
+    let database = Postgres::shared(Version::Distribution).await.database(name).await;
+    database.execute(PARTS).await;
+    let client = database.connect().await;
+    (database, client)
+}
+
+async fn stage(database: &Database<'_>, api: &Api) -> Stage {
+    let settings = format!("base_url: {}\nbreaker: {{ failures: 3, open: 200ms }}", api.url());
+    Stage::new(database, &[("api", &settings)]).await
+}
+
+fn pull(request: &str, more: &str) -> String {
+    format!(
+        "name: parts\ntype: http-pull\nsystem: api\nobject: part\nevery: 150ms\nrequest: GET {request}\n\
+         into: public.parts\nmatch: {{ columns: [sku] }}\nheld.retry: 100ms\n\
+         map: '{{ sku, name, price, at }}'\n{more}\n"
+    )
+}
+
+async fn count(client: &Client, what: &str) -> i64 {
+    client.query_one(&format!("SELECT count(*) FROM {what}"), &[]).await.unwrap().get(0)
+}
+
+async fn text(client: &Client, query: &str) -> String {
+    match client.query_opt(query, &[]).await.unwrap_or_else(|error| panic!("{query}: {error:?}")) {
+        Some(row) => row.get::<_, Option<String>>(0).unwrap_or_else(|| "NULL".to_owned()),
+        None => "no row".to_owned(),
+    }
+}
+
+async fn becomes(client: &Client, query: &str, wanted: &str) {
+    eventually(Duration::from_secs(15), query, async || {
+        let seen = text(client, query).await;
+        if seen == wanted { Ok(()) } else { Err(seen) }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn every_way_of_paging_brings_every_record_once() {
+    for (request, more) in [
+        ("/all", ""),
+        ("/offset", "paginator: { type: offset, limit: 3 }"),
+        ("/page", "paginator: { type: page_number, limit_param: size, limit: 2 }\nrecords: .results"),
+        ("/cursor", "paginator: { type: cursor, cursor_path: .paging.next, cursor_param: after }\nrecords: .data"),
+        ("/link", "paginator: { type: link }"),
+        (
+            "/since",
+            "params: { since: '{{ $cursor }}', limit: 3 }\npaginator: { type: single, limit: 3 }\n\
+             incremental: { cursor: .at, tie_breaker: .id, initial: '2026-01-01T00:00:00Z' }",
+        ),
+    ] {
+        let (database, client) = world("paging").await;
+        let api = Api::start(parts(7)).await;
+        let stage = stage(&database, &api).await;
+        let status = stage.run_once(&pull(request, more)).await;
+        assert_eq!(count(&client, "parts").await, 7, "{request}");
+        assert_eq!(count(&client, "tidegate.links WHERE system = 'api' AND object = 'part'").await, 7, "{request}");
+        assert_eq!(status.counts().applied, 7, "{request}");
+    }
+}
+
+#[tokio::test]
+async fn a_system_that_gives_fewer_than_asked_for_is_still_read_to_its_end() {
+    let (database, client) = world("capped").await;
+    let api = Api::start(parts(7)).await;
+    api.inside.lock().unwrap().most = Some(3);
+    let stage = stage(&database, &api).await;
+    stage.run_once(&pull("/offset", "paginator: { type: offset, limit: 100 }")).await;
+    assert_eq!(count(&client, "parts").await, 7);
+}
+
+#[tokio::test]
+async fn a_listing_that_gets_nowhere_stops_with_what_to_look_at() {
+    let (database, _client) = world("stalled").await;
+    let api = Api::start(parts(7)).await;
+    let stage = stage(&database, &api).await;
+    let fault = stage.start(&pull("/broken", "paginator: { type: offset, limit: 3 }")).fails().await;
+    assert!(fault.contains("same as the page before") && fault.contains("paginator"), "{fault}");
+
+    // Five records of one time, and three to a page.
+    api.set((1..=5).map(|id| part(id, "2026-01-01T00:00:00Z")).collect());
+    let since = "params: { since: '{{ $cursor }}', limit: 3 }\npaginator: { type: single, limit: 3 }\n\
+        incremental: { cursor: .at, initial: '2026-01-01T00:00:00Z' }";
+    let fault = stage.start(&pull("/since", since).replace("name: parts", "name: ties")).fails().await;
+    assert!(fault.contains("share the cursor") && fault.contains("limit"), "{fault}");
+}
+
+#[tokio::test]
+async fn nothing_is_written_where_nothing_changed() {
+    let (database, client) = world("quiet").await;
+    let api = Api::start(parts(5)).await;
+    let stage = stage(&database, &api).await;
+    let running = stage.start(&pull("/all", ""));
+    running.ended_a_run().await;
+    let before = text(&client, "SELECT md5(string_agg(p::text || p.xmin, ',' ORDER BY id)) FROM parts p").await;
+    let links = text(&client, "SELECT md5(string_agg(l::text || l.xmin, ',')) FROM tidegate.links l").await;
+    eventually(Duration::from_secs(10), "three more runs", async || api.inside.lock().unwrap().asked.len() > 4).await;
+    running.stop().await.unwrap();
+    assert_eq!(text(&client, "SELECT md5(string_agg(p::text || p.xmin, ',' ORDER BY id)) FROM parts p").await, before);
+    assert_eq!(text(&client, "SELECT md5(string_agg(l::text || l.xmin, ',')) FROM tidegate.links l").await, links);
+}
+
+#[tokio::test]
+async fn records_pair_with_rows_that_are_there_and_missing_is_not_null() {
+    let (database, client) = world("pairing").await;
+    client
+        .batch_execute(
+            "INSERT INTO parts (sku, name, price, note) VALUES ('S1', 'old', 1, 'mine'), ('S2', 'old', 1, 'mine')",
+        )
+        .await
+        .unwrap();
+    let api = Api::start(vec![
+        json!({"id": 1, "sku": "S1", "name": "new", "note": null}),
+        json!({"id": 2, "sku": "S2", "name": "new"}),
+        json!({"id": 3, "sku": "S3", "name": "new", "price": 5.50}),
+    ])
+    .await;
+    let stage = stage(&database, &api).await;
+    let yaml = pull("/all", "keep: '{ grade: .id }'").replace("map: '{ sku, name, price, at }'", "map: 'del(.id)'");
+    stage.run_once(&yaml).await;
+    let rows = text(
+        &client,
+        "SELECT string_agg(concat_ws(' ', sku, name, price, coalesce(note, 'NULL')), ', ' ORDER BY id) FROM parts",
+    )
+    .await;
+    assert_eq!(rows, "S1 new 1.00 NULL, S2 new 1.00 mine, S3 new 5.50 none");
+    assert_eq!(
+        text(&client, "SELECT string_agg(external_id || ' ' || (local_key ->> 'id') || ' ' || (kept ->> 'grade'), ', ' ORDER BY external_id) FROM tidegate.links").await,
+        "1 1 1, 2 2 2, 3 3 3"
+    );
+}
+
+#[tokio::test]
+async fn a_row_with_unsent_changes_holds_its_record_back_until_they_are_gone() {
+    let (database, client) = world("held").await;
+    let api = Api::start(parts(2)).await;
+    let stage = stage(&database, &api).await;
+    let running = stage.start(&pull("/all", ""));
+    running.ended_a_run().await;
+    client.batch_execute("UPDATE parts SET name = 'mine' WHERE sku = 'S1'").await.unwrap();
+    let mut changed = parts(2);
+    changed[0]["name"] = json!("theirs");
+    changed[1]["name"] = json!("theirs");
+    api.set(changed);
+    becomes(&client, "SELECT name FROM parts WHERE sku = 'S2'", "theirs").await;
+    becomes(&client, "SELECT reason FROM tidegate.held", "the row has unsent changes in name").await;
+    assert_eq!(text(&client, "SELECT name FROM parts WHERE sku = 'S1'").await, "mine");
+    assert!(running.status.counts().waiting > 0);
+    // Taken back, so that nothing is unsent any more.
+    client.batch_execute("UPDATE parts SET name = 'part 1' WHERE sku = 'S1'").await.unwrap();
+    becomes(&client, "SELECT name FROM parts WHERE sku = 'S1'", "theirs").await;
+    becomes(&client, "SELECT count(*)::text FROM tidegate.held", "0").await;
+    running.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn whose_value_wins_goes_by_the_conflict_setting() {
+    for (setting, name, note) in [
+        ("conflict: upstream", "theirs", "theirs"),
+        ("conflict: datastore", "mine", "mine"),
+        ("conflict: merge\nowner: { name: datastore, note: upstream }", "mine", "theirs"),
+    ] {
+        let (database, client) = world("conflict").await;
+        let record = |text: &str| json!({"id": 1, "sku": "S1", "name": text, "note": text});
+        let api = Api::start(vec![record("agreed")]).await;
+        let stage = stage(&database, &api).await;
+        let yaml = pull("/all", setting).replace("{ sku, name, price, at }", "{ sku, name, note }");
+        stage.run_once(&yaml).await;
+        client.batch_execute("UPDATE parts SET name = 'mine', note = 'mine'").await.unwrap();
+        api.set(vec![record("theirs")]);
+        stage.run_once(&yaml).await;
+        assert_eq!(text(&client, "SELECT name || ' ' || note FROM parts").await, format!("{name} {note}"), "{setting}");
+        // What the datastore keeps differs from what is agreed on: a sink sends it.
+        assert_eq!(text(&client, "SELECT base_doc #>> '{after,name}' FROM tidegate.links").await, "theirs");
+    }
+}
+
+#[tokio::test]
+async fn a_record_that_cant_be_written_is_parked_and_the_others_go_on() {
+    let (database, client) = world("parked").await;
+    let mut records = parts(5);
+    records[1]["price"] = json!("-1");
+    records[2]["price"] = json!("many");
+    records[3]["at"] = json!("yesterday evening");
+    let api = Api::start(records).await;
+    let stage = stage(&database, &api).await;
+    let running = stage.start(&pull("/all", ""));
+    becomes(&client, "SELECT string_agg(sku, ' ' ORDER BY sku) FROM parts", "S1 S5").await;
+    let reasons =
+        text(&client, "SELECT string_agg((key ->> 'id') || ': ' || reason, E'\\n' ORDER BY key) FROM tidegate.parked")
+            .await;
+    for reason in ["2: ", "parts_price_check", "3: ", "\"many\"", "4: ", "yesterday evening"] {
+        assert!(reasons.contains(reason), "{reason} in {reasons}");
+    }
+    // Put right upstream, it is applied, and is no dead letter any more.
+    api.set(parts(5));
+    becomes(&client, "SELECT string_agg(sku, ' ' ORDER BY sku) FROM parts", "S1 S2 S3 S4 S5").await;
+    becomes(&client, "SELECT count(*)::text FROM tidegate.parked", "0").await;
+    running.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn the_cursor_moves_with_ties_and_lookback_and_survives_a_restart() {
+    let (database, client) = world("cursor").await;
+    let api = Api::start(vec![part(1, "2026-01-01T00:10:00Z"), part(2, "2026-01-01T00:10:00Z")]).await;
+    let stage = stage(&database, &api).await;
+    let yaml = pull(
+        "/since",
+        "params: { since: '{{ $cursor }}' }\n\
+         incremental: { cursor: .at, tie_breaker: .id, initial: '2025-01-01T00:00:00Z', lookback: 5m }",
+    );
+    stage.run_once(&yaml).await;
+    assert!(api.asked()[0].contains("since=2025-01-01T00:00:00Z"));
+    // One that was committed late, within the lookback, and one of the very same time.
+    api.inside.lock().unwrap().records.extend([part(3, "2026-01-01T00:06:00Z"), part(4, "2026-01-01T00:10:00Z")]);
+    stage.run_once(&yaml).await;
+    assert!(api.asked()[0].contains("since=2026-01-01T00:05:00Z"));
+    assert_eq!(text(&client, "SELECT string_agg(sku, ' ' ORDER BY sku) FROM parts").await, "S1 S2 S3 S4");
+    stage.reset(&yaml, &ResetTo::Cursor(json!("2026-01-01T00:08:00Z"))).await;
+    stage.run_once(&yaml).await;
+    assert!(api.asked()[0].contains("since=2026-01-01T00:03:00Z"));
+}
+
+#[tokio::test]
+async fn a_killed_run_goes_on_at_its_page() {
+    let (database, client) = world("killed").await;
+    let api = Api::start(parts(20)).await;
+    let proxy = Proxy::start(api.address).await;
+    let settings = format!("base_url: {}/v1", proxy.url());
+    let stage = Stage::new(&database, &[("api", &settings)]).await;
+    let yaml = pull("/offset", "paginator: { type: offset, limit: 5 }");
+    proxy.script(Script::on("GET", "offset=10", Fault::Delay(Duration::from_secs(60))).times(1));
+    let running = stage.start(&yaml);
+    eventually(Duration::from_secs(10), "the third page is asked for", async || proxy.count("GET", "offset=10") == 1)
+        .await;
+    running.kill().await;
+    assert_eq!(count(&client, "parts").await, 10);
+    proxy.forget_seen();
+    stage.run_once(&yaml).await;
+    assert_eq!(count(&client, "parts").await, 20);
+    assert!(proxy.seen()[0].path.contains("offset=10"), "{:?}", proxy.seen()[0]);
+}
+
+#[tokio::test]
+async fn a_page_older_than_a_delivery_is_held_and_listed_again() {
+    let (database, client) = world("older").await;
+    let api = Api::start(parts(1)).await;
+    let proxy = Proxy::start(api.address).await;
+    let settings = format!("base_url: {}/v1", proxy.url());
+    let stage = Stage::new(&database, &[("api", &settings)]).await;
+    let yaml = pull("/all", "conflict: upstream").replace("150ms", "1h");
+    stage.run_once(&yaml).await;
+    // A page is on its way while a delivery sends a newer name.
+    let mut old = parts(1);
+    old[0]["name"] = json!("before the delivery");
+    api.set(old);
+    proxy.script(Script::on("GET", "/all", Fault::Delay(Duration::from_millis(700))).times(1));
+    proxy.forget_seen();
+    let running = stage.start(&yaml);
+    eventually(Duration::from_secs(10), "the page is asked for", async || proxy.count("GET", "/all") == 1).await;
+    tokio::time::sleep(Duration::from_millis(200)).await; // the server has answered, the proxy has not
+    client
+        .batch_execute(
+            "UPDATE parts SET name = 'delivered'; UPDATE tidegate.links SET pushed_seq = nextval('tidegate.push_seq'), \
+             base_doc = jsonb_set(base_doc::jsonb, '{after,name}', '\"delivered\"')::json",
+        )
+        .await
+        .unwrap();
+    let mut new = parts(1);
+    new[0]["name"] = json!("after the delivery");
+    api.set(new);
+    becomes(&client, "SELECT reason FROM tidegate.held", "it was sent to the system after this page was fetched").await;
+    assert_eq!(text(&client, "SELECT name FROM parts").await, "delivered");
+    // It is listed again at once, though the next run is an hour away.
+    becomes(&client, "SELECT name FROM parts", "after the delivery").await;
+    becomes(&client, "SELECT count(*)::text FROM tidegate.held", "0").await;
+    assert!(text(&client, "SELECT string_agg(name, '') FROM parts").await != "before the delivery");
+    running.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn records_without_a_link_wait_while_a_create_is_under_way() {
+    let (database, client) = world("creating").await;
+    let api = Api::start(parts(1)).await;
+    let stage = stage(&database, &api).await;
+    client
+        .batch_execute(
+            "INSERT INTO parts (sku, name) VALUES ('X', 'being created');
+             INSERT INTO tidegate.links (system, object, table_name, local_key, intent) VALUES ('api', 'part', 'public.parts', '{\"id\": 1}',
+               '{\"id\":\"i\",\"operation\":\"create\",\"request\":\"POST /\",\"idempotency_key\":\"k\",\"owner\":\"o\",\"started_ms\":0,\"document\":{}}')",
+        )
+        .await
+        .unwrap();
+    let running = stage.start(&pull("/all", ""));
+    becomes(&client, "SELECT reason FROM tidegate.held", "it may be what a create under way has made").await;
+    assert_eq!(count(&client, "parts").await, 1);
+    // It was: the create's answer came.
+    client
+        .batch_execute(
+            "UPDATE tidegate.links SET intent = NULL, external_id = '1', external_json = '1', \
+             base_doc = json_build_object('key', local_key, 'after', (SELECT row_to_json(p) FROM parts p))",
+        )
+        .await
+        .unwrap();
+    becomes(&client, "SELECT count(*)::text FROM tidegate.held", "0").await;
+    assert_eq!(count(&client, "parts").await, 1);
+    running.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_locked_row_is_passed_and_applied_later() {
+    let (database, mut client) = world("locked").await;
+    let api = Api::start(parts(3)).await;
+    let stage = stage(&database, &api).await;
+    let yaml = pull("/all", "");
+    stage.run_once(&yaml).await;
+    let mut changed = parts(3);
+    changed.iter_mut().for_each(|part| part["name"] = json!("new"));
+    api.set(changed);
+    let watching = database.connect().await;
+    let lock = client.transaction().await.unwrap();
+    lock.execute("SELECT FROM parts WHERE sku = 'S2' FOR UPDATE", &[]).await.unwrap();
+    let running = stage.start(&yaml);
+    becomes(&watching, "SELECT string_agg(sku, ' ' ORDER BY sku) FROM parts WHERE name = 'new'", "S1 S3").await;
+    becomes(&watching, "SELECT reason FROM tidegate.held", "the row is locked by another transaction").await;
+    lock.commit().await.unwrap();
+    becomes(&watching, "SELECT string_agg(sku, ' ' ORDER BY sku) FROM parts WHERE name = 'new'", "S1 S2 S3").await;
+    running.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_deadlock_is_survived() {
+    let (database, mut client) = world("deadlock").await;
+    // Writing S1 also locks the row of a table that the other transaction holds while it wants the parts.
+    client
+        .batch_execute(
+            "CREATE TABLE totals (id int PRIMARY KEY, n int); INSERT INTO totals VALUES (1, 0);
+             CREATE FUNCTION total() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN UPDATE totals SET n = n + 1; RETURN NEW; END $$;
+             CREATE TRIGGER total AFTER INSERT ON parts FOR EACH ROW EXECUTE FUNCTION total();",
+        )
+        .await
+        .unwrap();
+    let api = Api::start(parts(2)).await;
+    let stage = stage(&database, &api).await;
+    let other = client.transaction().await.unwrap();
+    other.execute("UPDATE totals SET n = n", &[]).await.unwrap();
+    let running = stage.start(&pull("/all", "lock.timeout: 20s"));
+    let watching = database.connect().await;
+    eventually(Duration::from_secs(10), "the pull waits for the total", async || {
+        count(&watching, "pg_locks WHERE NOT granted").await > 0
+    })
+    .await;
+    // Now each waits for the other: the server ends one of them, and the pull's page comes again if it was the pull's.
+    let inserted = other.execute("INSERT INTO parts (sku, name) VALUES ('S1', 'first')", &[]).await;
+    match inserted {
+        Ok(_) => other.commit().await.unwrap(),
+        Err(_) => other.rollback().await.unwrap(),
+    }
+    becomes(&watching, "SELECT string_agg(sku || ' ' || name, ', ' ORDER BY sku) FROM parts", "S1 part 1, S2 part 2")
+        .await;
+    assert_eq!(count(&watching, "tidegate.parked").await, 0);
+    running.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn rows_beside_a_linked_one_are_found_through_its_link() {
+    let (database, client) = world("beside").await;
+    client
+        .batch_execute("CREATE TABLE stock (part_id int PRIMARY KEY REFERENCES parts, on_hand numeric)")
+        .await
+        .unwrap();
+    let api = Api::start(parts(2)).await;
+    let stage = stage(&database, &api).await;
+    let stock = "name: stock\ntype: http-pull\nsystem: api\nobject: part\nevery: 150ms\nrequest: GET /all\ninto: public.stock\n\
+        held.retry: 100ms\nmap: '{ part_id: local(\"part\"; .id), on_hand: (.id * 10) }'\n";
+    let running = stage.start(stock);
+    running.ended_a_run().await;
+    assert_eq!(count(&client, "stock").await, 0);
+    stage.run_once(&pull("/all", "")).await;
+    becomes(&client, "SELECT string_agg(on_hand::text, ' ' ORDER BY part_id) FROM stock", "10 20").await;
+    assert_eq!(count(&client, "tidegate.links").await, 2);
+    running.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_preview_says_what_would_be_written_and_writes_nothing() {
+    let (database, client) = world("preview").await;
+    client.batch_execute("INSERT INTO parts (sku, name) VALUES ('S2', 'old')").await.unwrap();
+    let mut records = parts(3);
+    records[2]["price"] = json!("many");
+    let api = Api::start(records).await;
+    let stage = stage(&database, &api).await;
+    let seen = stage.preview(&pull("/all", "")).await;
+    let done: Vec<&str> = seen.iter().map(|line| line["do"].as_str().unwrap()).collect();
+    assert_eq!(done, ["insert", "pair and update", "park"], "{seen:?}");
+    assert_eq!(seen[0]["row"]["price"].to_string(), "9.90");
+    assert_eq!((count(&client, "parts").await, count(&client, "tidegate.links").await), (1, 0));
+    assert_eq!(count(&client, "tidegate.cursors").await, 0);
+}
+
+#[tokio::test]
+async fn a_pull_pauses_behind_the_breaker_and_goes_on_when_the_system_is_back() {
+    let (database, client) = world("away").await;
+    let api = Api::start(parts(2)).await;
+    let proxy = Proxy::start(api.address).await;
+    let settings = format!("base_url: {}/v1\nprobe: GET /all\nbreaker: {{ failures: 2, open: 200ms }}", proxy.url());
+    let stage = Stage::new(&database, &[("api", &settings)]).await;
+    proxy.down();
+    let running = stage.start(&pull("/all", ""));
+    eventually(Duration::from_secs(20), "the connector waits", async || running.state() == ConnectorState::Waiting)
+        .await;
+    proxy.up().await;
+    becomes(&client, "SELECT count(*)::text FROM parts", "2").await;
+    running.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn products_and_stock_come_from_a_real_erp() {
+    let tryton = Tryton::start().await;
+    let database = Postgres::shared(Version::Distribution).await.database("erp_pull").await;
+    database
+        .execute(
+            "CREATE TABLE products (id serial PRIMARY KEY, sku text UNIQUE, name text, price numeric(10,2));
+             CREATE TABLE inventory (product_id int PRIMARY KEY REFERENCES products, on_hand numeric);",
+        )
+        .await;
+    let client = database.connect().await;
+    let settings = format!(
+        r#"
+base_url: {}
+auth: {{ type: bearer, token: "{}" }}
+headers: {{ X-Tryton-Context: "{{{{ {{company: 1}} | tojson | @base64 }}}}" }}
+budget: {{ requests: 100, per: 1s, concurrency: 4 }}
+probe: "GET /party.party?s=1"
+define: |
+  def dt: [.year, .month - 1, .day, .hour, .minute, .second, 0, 0] | mktime | todate;
+  def undt: fromdate | gmtime | {{__class__: "datetime", year: .[0], month: (.[1] + 1), day: .[2],
+            hour: .[3], minute: .[4], second: (.[5] | floor), microsecond: 0}};
+  def q: tojson | @base64;
+"#,
+        tryton.erp.url(),
+        tryton.erp.key
+    );
+    let stage = Stage::new(&database, &[("erp", &settings)]).await;
+    let products = r#"
+name: erp-products
+type: http-pull
+system: erp
+object: product
+every: 300ms
+request: GET /product.product
+params:
+  f: [code, name, default_uom, list_price_used, write_date, create_date]
+  d: '{{ ($cursor | undt) as $t | [["OR", ["write_date", ">=", $t], ["create_date", ">=", $t]]] | q }}'
+paginator: { type: offset, limit_param: s, offset_param: p, limit: 25 }
+incremental: { cursor: "(.write_date // .create_date) | dt", tie_breaker: .id, initial: "1970-01-01T00:00:00Z", lookback: 10m }
+into: public.products
+match: { columns: [sku] }
+map: '{ sku: .code, name, price: .list_price_used.decimal }'
+keep: '{ uom: .default_uom }'
+conflict: upstream
+"#;
+    let stock = r#"
+name: erp-stock
+type: http-pull
+system: erp
+object: product
+every: 300ms
+request: GET /product.product
+headers: { X-Tryton-Context: '{{ {company: 1, locations: [3]} | q }}' }
+params: { f: [quantity] }
+paginator: { type: offset, limit_param: s, offset_param: p, limit: 50 }
+into: public.inventory
+map: '{ product_id: local("product"; .id), on_hand: .quantity }'
+"#;
+    let upstream = tryton.erp.search("product.product", json!([]), &["code"]).await.len() as i64;
+    assert!(upstream > 50, "{upstream}");
+    let running = stage.start(products);
+    becomes(&client, "SELECT count(*)::text FROM products", &upstream.to_string()).await;
+    assert_eq!(text(&client, "SELECT price::text FROM products WHERE sku = 'MUG-01'").await, "18.00");
+    assert_eq!(count(&client, "tidegate.links WHERE kept ->> 'uom' IS NOT NULL").await, upstream);
+    stage.run_once(stock).await;
+    assert_eq!(count(&client, "inventory").await, upstream);
+    assert!(count(&client, "inventory WHERE on_hand > 0").await > 10);
+    // A change upstream is seen by the next run.
+    let mug = &tryton.erp.search("product.product", json!([["code", "=", "MUG-01"]]), &["template"]).await[0];
+    tryton.erp.put(&format!("product.template/{}", mug["template"]), json!({"name": "Mug, blue"})).await;
+    tryton.erp.put(&format!("product.product/{}", mug["id"]), json!({"description": "touched"})).await;
+    becomes(&client, "SELECT name FROM products WHERE sku = 'MUG-01'", "Mug, blue").await;
+    running.stop().await.unwrap();
+}

@@ -3,8 +3,10 @@
 //! [`process`] keeps that promise; the files beside it know one server each.
 #![allow(dead_code, unused_imports)] // each test file takes what it needs
 
+pub mod api;
 pub mod apicurio;
 pub mod capture;
+pub mod connector;
 pub mod http;
 pub mod kafka;
 pub mod postgres;
@@ -16,7 +18,9 @@ pub mod tryton;
 pub mod wait;
 pub mod worker;
 
+pub use api::Api;
 pub use apicurio::Apicurio;
+pub use connector::{Running, Stage, system};
 pub use http::http;
 pub use kafka::Kafka;
 pub use postgres::{Database, Postgres, Version};
