@@ -42,7 +42,7 @@ def wait_for(what, deadline, look):
             return found, time.monotonic() - start
         if time.monotonic() - start > deadline:
             raise Failed(f"not within {deadline} s: {what}")
-        time.sleep(0.05)
+        time.sleep(0.2)
 
 
 class World:
@@ -127,7 +127,7 @@ class World:
         self.config = ROOT / "config/tidegate.yaml"
         if self.log == "kafka":
             text = re.sub(r"(?m)^log: .*$", "log: { type: kafka, bootstrap.servers: \"127.0.0.1:%d\" }" % self.ports["kafka"],
-                          self.config.read_text())
+                          self.config.read_text()).replace("../connectors/", str(ROOT / "connectors"))
             self.config = self.dir / "tidegate.yaml"
             self.config.write_text(text)
         tryton = f"http://{self.tryton_address()}"
