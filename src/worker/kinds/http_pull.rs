@@ -72,6 +72,7 @@ impl Connector for Settings {
     }
 
     async fn run(&self, context: ConnectorContext) -> Result<(), Fault> {
+        context.datastore.migrate().await?;
         pipeline::run(self.source(&context), self.sink(&context), &context).await
     }
 

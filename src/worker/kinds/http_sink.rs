@@ -42,6 +42,7 @@ impl Connector for HttpSinkConnector {
     }
 
     async fn run(&self, context: ConnectorContext) -> Result<(), Fault> {
+        context.datastore.migrate().await?;
         // Before the first read, so that retention keeps what this sink has still to deliver.
         register(&self.settings, &context).await?;
         let (source, sink) = http::open(self.settings.clone(), &context).await?;
