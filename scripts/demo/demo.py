@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The demo: six steps on real servers, each checked as it is shown, and both sides compared row by row at the end.
+"""The demo: steps on real servers, each checked as it is shown, and both sides compared row by row at the end.
 
     demo.py TEMPLATE    the folder that scripts/tryton/template.sh prints; run by scripts/demo.sh
 """
@@ -31,7 +31,7 @@ def check(condition, what):
 def link(world, system, object, table, key):
     """The external id that a row is linked to, or None."""
     found = world.rows(
-        "SELECT external_id FROM tidegate.links WHERE system = %s AND object = %s AND table_name = %s AND key_values->>0 = %s",
+        "SELECT external_id FROM tidegate.links WHERE system = %s AND object = %s AND table_name = %s AND local_key->>'id' = %s",
         (system, object, f"public.{table}", str(key)))
     return found[0][0] if found else None
 
@@ -231,9 +231,10 @@ def topics_and_a_dead_letter(world):
         return [letter for letter in found if letter["kind"] in kinds]
     found, seconds = wait_for("the dead letter", 30, lambda: letters("rejected"))
     letter = found[0]
-    fact(f"tidegate dead-letters list, {seconds:.1f} s later: {letter['id']} key {letter['key']}: {letter['reason']}")
+    fact(f"tidegate dead-letters list, {seconds:.1f} s later: {letter['id']}: {letter['reason'][:160]}…")
     shown = world.tidegate("dead-letters", "show", "erp-orders", letter["id"])[0]
-    fact(f"the ERP answered {shown['response']}")
+    fact(f"dead-letters show has the request and the answer: {shown['request']['request']}, "
+         f"{shown['response']['status']}")
     erp = world.tryton("erp")
     quoted = lambda reference: lambda: erp.search(  # noqa: E731
         "sale.sale", [["reference", "=", reference], ["state", "=", "quotation"]])
@@ -250,7 +251,7 @@ def topics_and_a_dead_letter(world):
 
 
 def both_sides(world):
-    step("=", "Both sides, row by row")
+    step(7, "Both sides, row by row")
     wait_for("nothing in flight", 60, lambda: settled(world))
     results, _ = None, None
     deadline = time.monotonic() + 30

@@ -94,7 +94,7 @@ FROM generate_series(1, 120) AS n,
      LATERAL (SELECT (ARRAY['Jürgen', 'Anna', 'Malte', 'Ida', 'Søren', 'Clara', 'Finn', 'Käthe', 'Emil', 'Zoé'])[1 + n % 10] AS first,
                      (ARRAY['Petersen', 'Möller', 'Hansen', 'Schröder', 'Nielsen', 'Ahlers', 'Brandt'])[1 + n % 7] AS last) AS names;
 
--- 24 of the ERP's 64 products are listed already, by hand: old prices, no stock yet.
+-- 24 of the ERP's 60 products are listed already, by hand: old prices, no stock yet.
 INSERT INTO products (sku, name, price, description, tags)
 SELECT sku, name, price, 'Listed by hand before the ERP was connected.', ARRAY['legacy', split_part(sku, '-', 1)]
 FROM (VALUES

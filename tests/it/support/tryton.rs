@@ -1,4 +1,4 @@
-//! Tryton 8.2, a real ERP: one server over two databases, `erp` (company 1, 64 products with stock, sales) and `crm`
+//! Tryton 8.2, a real ERP: one server over two databases, `erp` (company 1, 60 products with stock, sales) and `crm`
 //! (parties only), each set up once and kept as a dump in the cache folder (scripts/tryton/template.sh).
 //!
 //! What it is like to talk to: an unknown field answers 500, a failed validation 400 with `{"message": …}`, an unknown id
