@@ -1,9 +1,17 @@
 //! Capture on real servers: what was committed is in the topics, whole, in order, whatever happens in between.
 
-use serde_json::json;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tidegate::event::{Lsn, Operation};
+use tidegate::pipeline::ConnectorState;
+use tidegate::sources::postgres::SnapshotMode;
 
 use crate::support::capture::World;
-use crate::support::{Postgres, Version};
+use crate::support::{Postgres, Version, eventually, postgres};
 
 fn letters(changes: &[tidegate::event::Change]) -> String {
     changes.iter().map(|change| change.operation.letter()).collect()
@@ -40,4 +48,567 @@ async fn rows_from_before_and_changes_from_after_are_in_the_topic() {
         assert_eq!(tombstones, 2);
         capture.stop().await.unwrap();
     }
+}
+
+/// The table as PostgreSQL has it: rows as JSON by key `id`.
+async fn rows(client: &tokio_postgres::Client, table: &str) -> BTreeMap<String, Value> {
+    let sql = format!("SELECT json_build_object('id', id)::text, to_json(t)::text FROM {table} t");
+    let mut rows = BTreeMap::new();
+    for row in client.query(&sql, &[]).await.unwrap() {
+        let key: Value = serde_json::from_str(row.get(0)).unwrap();
+        rows.insert(key.to_string(), serde_json::from_str(row.get(1)).unwrap());
+    }
+    rows
+}
+
+/// Waits until the topic, folded by key, is the table.
+async fn wait_for_equality(world: &World, client: &tokio_postgres::Client, table: &str) {
+    eventually(Duration::from_secs(60), "the folded topic equals the table", async || {
+        let (have, want) = (world.folded(&format!("shop.public.{table}")).await, rows(client, table).await);
+        if have == want {
+            return Ok(());
+        }
+        let wrong: Vec<_> = want.iter().filter(|(key, row)| have.get(*key) != Some(row)).take(3).collect();
+        Err(format!("{} rows, not {}; of the table: {wrong:?}", have.len(), want.len()))
+    })
+    .await;
+}
+
+async fn confirmed(client: &tokio_postgres::Client, world: &World) -> Lsn {
+    let sql = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = $1";
+    let row = client.query_one(sql, &[&world.settings.slot]).await.unwrap();
+    row.get::<_, Option<String>>(0).map(|lsn| lsn.parse().unwrap()).unwrap_or_default()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_under_concurrent_writers_leaves_no_gap() {
+    for version in Version::ALL {
+        let server = Postgres::shared(version).await;
+        let database = server.database("writers").await;
+        database
+            .execute(
+                "CREATE TABLE stock (id int PRIMARY KEY, n int NOT NULL, who text); \
+                 INSERT INTO stock SELECT i, 0, 'start' FROM generate_series(1, 3000) i",
+            )
+            .await;
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut writers = Vec::new();
+        for writer in 0..4 {
+            let (client, stop) = (database.connect().await, stop.clone());
+            writers.push(tokio::spawn(async move {
+                let mut round = 0i32;
+                while !stop.load(Ordering::Relaxed) {
+                    round += 1;
+                    let at = (round * 7919 + writer * 31) % 3000 + 1;
+                    let new = 10_000 + writer * 1_000_000 + round;
+                    let sql = format!(
+                        "BEGIN; UPDATE stock SET n = n + 1, who = 'w{writer}' WHERE id = {at}; \
+                         INSERT INTO stock VALUES ({new}, {round}, 'new'); \
+                         DELETE FROM stock WHERE id = {}; COMMIT",
+                        new - 5
+                    );
+                    client.batch_execute(&sql).await.unwrap();
+                }
+                round
+            }));
+        }
+        let world = World::new(&database, &[r"public\.stock"]);
+        let capture = world.start().await;
+        world.wait_for_changes("shop.public.stock", 4000).await;
+        stop.store(true, Ordering::Relaxed);
+        for writer in writers {
+            assert!(writer.await.unwrap() > 10);
+        }
+        wait_for_equality(&world, &database.connect().await, "stock").await;
+        // No overlap: what the snapshot has is not created again by the stream.
+        let mut there = BTreeSet::new();
+        for change in world.changes("shop.public.stock").await {
+            let key = change.key.to_string();
+            match change.operation {
+                Operation::Read | Operation::Create => assert!(there.insert(key.clone()), "{key} twice"),
+                Operation::Delete => assert!(there.remove(&key), "{key} was not there"),
+                _ => assert!(there.contains(&key), "{key} is updated before it is there"),
+            }
+        }
+        capture.stop().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tls_is_spoken_and_an_unknown_authority_is_refused() {
+    let options = postgres::Options { tls_only: true, ..Default::default() };
+    let server = Postgres::own_with(Version::Distribution, options).await;
+    let database = server.database("tls").await;
+    let owner = database.connect_as_superuser().await;
+    owner.batch_execute("CREATE TABLE t (id int PRIMARY KEY); ALTER TABLE t OWNER TO tidegate").await.unwrap();
+    let mut world = World::new(&database, &[r"public\.t"]);
+    let root = server.root_certificate();
+    world.url = format!("{}?sslmode=verify-full&sslrootcert={}", database.url(), root.display());
+    let capture = world.start().await;
+    owner.batch_execute("INSERT INTO t VALUES (1)").await.unwrap();
+    world.wait_for_changes("shop.public.t", 1).await;
+    let sql = "SELECT count(*) FROM pg_stat_ssl JOIN pg_stat_replication USING (pid) WHERE ssl";
+    assert_eq!(owner.query_one(sql, &[]).await.unwrap().get::<_, i64>(0), 1);
+    capture.stop().await.unwrap();
+
+    world.url = format!("{}?sslmode=verify-full", database.url());
+    let fault = world.start().await.ended().await.unwrap_err();
+    assert!(fault.message.contains("TLS"), "{fault}");
+    world.url = format!("{}?sslmode=disable", database.url());
+    let fault = world.start().await.ended().await.unwrap_err();
+    assert!(fault.message.contains("no encryption") || fault.message.contains("pg_hba"), "{fault}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_password_needs_a_person() {
+    let server = Postgres::shared(Version::Distribution).await;
+    let database = server.database("password").await;
+    let mut world = World::new(&database, &[".*"]);
+    world.url = database.url().replace(":tidegate@", ":wrong@");
+    let fault = world.start().await.ended().await.unwrap_err();
+    assert!(fault.message.contains("28P01"), "{fault}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn replica_identities_toast_truncate_and_tables_without_a_key() {
+    for version in Version::ALL {
+        let server = Postgres::shared(version).await;
+        let database = server.database("identity").await;
+        database
+            .execute(
+                "CREATE TABLE toast (id int PRIMARY KEY, small text, big text); \
+                 ALTER TABLE toast ALTER big SET STORAGE EXTERNAL; \
+                 CREATE TABLE whole (id int PRIMARY KEY, small text, big text); \
+                 ALTER TABLE whole ALTER big SET STORAGE EXTERNAL; ALTER TABLE whole REPLICA IDENTITY FULL; \
+                 CREATE TABLE by_index (a int NOT NULL, b text NOT NULL); \
+                 CREATE UNIQUE INDEX by_b ON by_index (b); ALTER TABLE by_index REPLICA IDENTITY USING INDEX by_b; \
+                 CREATE TABLE keyless (a int, b text); ALTER TABLE keyless REPLICA IDENTITY FULL; \
+                 CREATE TABLE swapped (a int, b text, c int, PRIMARY KEY (b, a))",
+            )
+            .await;
+        let mut world = World::new(&database, &[r"public\..*"]);
+        world.settings.skipped.clear();
+        let capture = world.start().await;
+        capture.streaming().await;
+        database
+            .execute(
+                "INSERT INTO toast VALUES (1, 'a', repeat('x', 9000)); UPDATE toast SET small = 'b' WHERE id = 1; \
+                 INSERT INTO whole VALUES (1, 'a', repeat('x', 9000)); UPDATE whole SET small = 'b' WHERE id = 1; \
+                 INSERT INTO by_index VALUES (1, 'k'); UPDATE by_index SET b = 'l'; DELETE FROM by_index; \
+                 INSERT INTO keyless VALUES (1, 'x'); UPDATE keyless SET b = 'y'; DELETE FROM keyless; \
+                 INSERT INTO swapped VALUES (1, 'k', 2); TRUNCATE swapped",
+            )
+            .await;
+        let toast = world.wait_for_changes("shop.public.toast", 2).await;
+        assert_eq!(toast[1].after, json!({"id": 1, "small": "b"}), "an unchanged TOAST value is left out");
+        let whole = world.wait_for_changes("shop.public.whole", 2).await;
+        assert_eq!(whole[1].after["big"].as_str().unwrap().len(), 9000);
+        assert_eq!(whole[1].before["small"], "a");
+        let by_index = world.wait_for_changes("shop.public.by_index", 4).await;
+        assert_eq!(letters(&by_index), "cdcd");
+        assert_eq!(by_index[0].key, json!({"b": "k"}));
+        assert_eq!(by_index[1].new_key, Some(json!({"b": "l"})));
+        let keyless = world.wait_for_changes("shop.public.keyless", 3).await;
+        assert_eq!(letters(&keyless), "cud");
+        assert!(keyless.iter().all(|change| change.key == Value::Null));
+        let swapped = world.wait_for_changes("shop.public.swapped", 2).await;
+        assert_eq!(letters(&swapped), "ct");
+        assert_eq!(swapped[0].key.to_string(), r#"{"b":"k","a":1}"#, "the order of the index");
+        capture.stop().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn columns_come_and_go_while_running() {
+    for version in Version::ALL {
+        let server = Postgres::shared(version).await;
+        let database = server.database("ddl").await;
+        database.execute("CREATE TABLE t (id int PRIMARY KEY, a int); INSERT INTO t VALUES (1, 1)").await;
+        let world = World::new(&database, &[r"public\.t"]);
+        let capture = world.start().await;
+        world.wait_for_changes("shop.public.t", 1).await;
+        // In one go, so that the catalog is ahead of the WAL when the rows are read.
+        database
+            .execute(
+                "ALTER TABLE t ADD b text; INSERT INTO t VALUES (2, 2, 'new'); \
+                 ALTER TABLE t ADD c int NOT NULL DEFAULT 5; INSERT INTO t VALUES (3, 3, 'x', 6); \
+                 ALTER TABLE t DROP a; INSERT INTO t VALUES (4, 'y', 7); \
+                 ALTER TABLE t RENAME b TO bb; INSERT INTO t VALUES (5, 'z', 8); \
+                 ALTER TABLE t ALTER c TYPE bigint; INSERT INTO t VALUES (6, 'w', 9)",
+            )
+            .await;
+        let changes = world.wait_for_changes("shop.public.t", 6).await;
+        let after: Vec<_> = changes.iter().map(|change| change.after.clone()).collect();
+        assert_eq!(after[1], json!({"id": 2, "a": 2, "b": "new"}));
+        assert_eq!(after[2], json!({"id": 3, "a": 3, "b": "x", "c": 6}));
+        assert_eq!(after[3], json!({"id": 4, "b": "y", "c": 7}));
+        assert_eq!(after[4], json!({"id": 5, "bb": "z", "c": 8}));
+        assert_eq!(after[5], json!({"id": 6, "bb": "w", "c": 9}));
+        capture.stop().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_database_in_a_busy_server_moves_its_slot_on() {
+    let server = Postgres::shared(Version::Distribution).await;
+    let (quiet, busy) = (server.database("quiet").await, server.database("busy").await);
+    quiet.execute("CREATE TABLE t (id int PRIMARY KEY)").await;
+    busy.execute("CREATE TABLE t (id int)").await;
+    let world = World::new(&quiet, &[r"public\.t"]);
+    let capture = world.start().await;
+    capture.streaming().await;
+    let client = quiet.connect().await;
+    busy.execute("INSERT INTO t SELECT generate_series(1, 100000)").await;
+    let row = client.query_one("SELECT pg_current_wal_lsn()::text", &[]).await.unwrap();
+    let written: Lsn = row.get::<_, String>(0).parse().unwrap();
+    eventually(Duration::from_secs(30), "the slot has moved on", async || {
+        let confirmed = confirmed(&client, &world).await;
+        if confirmed >= written { Ok(()) } else { Err(format!("{confirmed} of {written}")) }
+    })
+    .await;
+    capture.stop().await.unwrap();
+    let stored = world.position().await.unwrap().commit_end;
+    assert!(stored >= confirmed(&client, &world).await, "what is acknowledged was stored first");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slot_that_is_gone_or_ahead_is_noticed() {
+    let server = Postgres::shared(Version::Newest).await;
+    let database = server.database("lost").await;
+    database.execute("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)").await;
+    let mut world = World::new(&database, &[r"public\.t"]);
+    let capture = world.start().await;
+    world.wait_for_changes("shop.public.t", 1).await;
+    capture.streaming().await;
+    capture.stop().await.unwrap();
+
+    let client = database.connect_as_superuser().await;
+    client.batch_execute("INSERT INTO t VALUES (2)").await.unwrap();
+    let slot = world.settings.slot.clone();
+    let sql = "SELECT pg_replication_slot_advance($1, pg_current_wal_lsn())";
+    eventually(Duration::from_secs(10), "the slot is free", async || client.execute(sql, &[&slot]).await).await;
+    let fault = world.start().await.ended().await.unwrap_err();
+    assert!(fault.message.contains("ahead of the log") && fault.message.contains(&slot), "{fault}");
+
+    client.execute("SELECT pg_drop_replication_slot($1)", &[&slot]).await.unwrap();
+    let fault = world.start().await.ended().await.unwrap_err();
+    assert!(fault.message.contains("is gone"), "{fault}");
+
+    let epoch = world.position().await.unwrap().epoch;
+    world.settings.snapshot = SnapshotMode::WhenNeeded;
+    let capture = world.start().await;
+    wait_for_equality(&world, &client, "t").await;
+    capture.stop().await.unwrap();
+    assert!(world.position().await.unwrap().epoch > epoch, "LSNs may have fallen: the epoch rises");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slot_of_somebody_else_is_not_touched() {
+    let server = Postgres::shared(Version::Distribution).await;
+    let database = server.database("foreign").await;
+    database.execute("CREATE TABLE t (id int PRIMARY KEY)").await;
+    let world = World::new(&database, &[r"public\.t"]);
+    let client = database.connect().await;
+    let sql = "SELECT pg_create_logical_replication_slot($1, 'pgoutput')";
+    client.execute(sql, &[&world.settings.slot]).await.unwrap();
+    let fault = world.start().await.ended().await.unwrap_err();
+    assert!(fault.message.contains("somebody else's"), "{fault}");
+    assert!(confirmed(&client, &world).await > Lsn::ZERO);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_lost_or_doubled_when_the_walsender_or_the_server_goes() {
+    for version in Version::ALL {
+        let server = Postgres::own(version).await;
+        let database = server.database("restart").await;
+        database.execute("CREATE TABLE t (id int PRIMARY KEY, v text)").await;
+        let world = World::new(&database, &[r"public\.t"]);
+        let capture = world.start().await;
+        let mut next = 0;
+        for round in 0..4 {
+            eventually(Duration::from_secs(60), "writing", async || {
+                let client = server.try_connect("tidegate", &database.name).await.map_err(|e| e.to_string())?;
+                for _ in 0..50 {
+                    let sql = format!("INSERT INTO t VALUES ({next}, repeat('x', 500))");
+                    client.batch_execute(&sql).await.map_err(|e| e.to_string())?;
+                    next += 1;
+                }
+                Ok::<_, String>(())
+            })
+            .await;
+            match round {
+                0 => {
+                    let admin = database.connect_as_superuser().await;
+                    let sql = "SELECT pg_terminate_backend(pid) FROM pg_stat_replication";
+                    admin.batch_execute(sql).await.unwrap();
+                }
+                1 => {
+                    server.stop().await;
+                    server.start().await;
+                }
+                2 => {
+                    server.kill9().await;
+                    server.start().await;
+                }
+                _ => {}
+            }
+        }
+        let changes = world.wait_for_changes("shop.public.t", next).await;
+        let ids: Vec<i64> = changes.iter().map(|change| change.key["id"].as_i64().unwrap()).collect();
+        assert_eq!(ids, (0..next as i64).collect::<Vec<_>>(), "each once, in order");
+        capture.stop().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_can_shut_down_while_the_capture_is_paused() {
+    let server = Postgres::own(Version::Distribution).await;
+    let database = server.database("paused").await;
+    database.execute("CREATE TABLE t (id int PRIMARY KEY)").await;
+    let world = World::new(&database, &[r"public\.t"]);
+    let capture = world.start().await;
+    capture.streaming().await;
+    capture.pause();
+    eventually(Duration::from_secs(30), "paused", async || capture.status.state() == ConnectorState::Paused).await;
+    database.execute("INSERT INTO t VALUES (1)").await;
+    // Waits for the walsender, which waits for us: until the connection is closed.
+    server.stop().await;
+    server.start().await;
+    capture.resume();
+    world.wait_for_changes("shop.public.t", 1).await;
+    capture.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_snapshot_begins_anew_and_misses_nothing() {
+    let server = Postgres::shared(Version::Distribution).await;
+    let database = server.database("killed").await;
+    database
+        .execute(
+            "CREATE TABLE t (id int PRIMARY KEY, v text); \
+             INSERT INTO t SELECT i, repeat('x', 200) FROM generate_series(1, 60000) i",
+        )
+        .await;
+    let world = World::new(&database, &[r"public\.t"]);
+    let client = database.connect().await;
+    for _ in 0..2 {
+        let capture = world.start().await;
+        eventually(Duration::from_secs(30), "rows", async || capture.status.counts().applied > 0).await;
+        capture.crash().await;
+        client
+            .batch_execute("DELETE FROM t WHERE id % 1000 = 7; INSERT INTO t SELECT max(id) + 1 FROM t")
+            .await
+            .unwrap();
+    }
+    assert!(world.position().await.unwrap().snapshot.is_some(), "killed in its middle");
+    let capture = world.start().await;
+    capture.streaming().await;
+    client.batch_execute("UPDATE t SET v = 'last' WHERE id < 50").await.unwrap();
+    // The rows deleted between the two snapshots are in neither the new snapshot nor its stream; a fold over the
+    // new snapshot alone has the table.
+    let topic = "shop.public.t";
+    eventually(Duration::from_secs(60), "the last snapshot and its stream are the table", async || {
+        let changes = world.changes(topic).await;
+        let begin = changes.iter().rposition(|c| c.operation == Operation::Read).map_or(0, |last| {
+            let lsn = changes[last].lsn;
+            changes.iter().position(|c| c.operation == Operation::Read && c.lsn == lsn).unwrap()
+        });
+        let mut rows_seen = BTreeMap::new();
+        for change in &changes[begin..] {
+            rows_seen.insert(change.key.to_string(), change.after.clone());
+        }
+        if rows_seen == rows(&client, "t").await { Ok(()) } else { Err(format!("{} rows", rows_seen.len())) }
+    })
+    .await;
+    capture.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_in_many_batches_goes_on_where_it_was_cut() {
+    let server = Postgres::shared(Version::Distribution).await;
+    let database = server.database("cut").await;
+    database.execute("CREATE TABLE t (id int PRIMARY KEY, v text)").await;
+    let mut world = World::new(&database, &[r"public\.t"]);
+    world.settings.batch_bytes = 16 << 10;
+    let capture = world.start().await;
+    capture.streaming().await;
+    database.execute("INSERT INTO t SELECT i, repeat('x', 100) FROM generate_series(1, 40000) i").await;
+    eventually(Duration::from_secs(30), "some", async || capture.status.counts().applied > 100).await;
+    capture.crash().await;
+    let cut = world.position().await.unwrap();
+    assert!(cut.ordinal > 0 && cut.ordinal < 40_000, "cut within the transaction: {cut:?}");
+    let capture = world.start().await;
+    let changes = world.wait_for_changes("shop.public.t", 40_000).await;
+    let ids: Vec<i64> = changes.iter().map(|change| change.key["id"].as_i64().unwrap()).collect();
+    assert_eq!(ids, (1..=40_000).collect::<Vec<_>>(), "each once, in order");
+    capture.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tagged_transaction_names_its_origin_in_every_row() {
+    let server = Postgres::shared(Version::Newest).await;
+    let database = server.database("origin").await;
+    database.execute("CREATE TABLE t (id int PRIMARY KEY)").await;
+    let world = World::new(&database, &[r"public\.t"]);
+    let capture = world.start().await;
+    capture.streaming().await;
+    database.execute("INSERT INTO t VALUES (1)").await;
+    database
+        .execute(
+            "SELECT pg_logical_emit_message(true, 'tidegate.origin', '{\"system\":\"erp\",\"connector\":\"c\"}'); \
+             INSERT INTO t VALUES (2), (3)",
+        )
+        .await;
+    database.execute("INSERT INTO t VALUES (4); SELECT pg_logical_emit_message(true, 'mine', 'hello')").await;
+    let changes = world.wait_for_changes("shop.public.t", 4).await;
+    let origins: Vec<_> = changes.iter().map(|change| change.origin.as_deref()).collect();
+    assert_eq!(origins, [None, Some("erp"), Some("erp"), None]);
+    let messages = world.wait_for_changes("shop.message", 1).await;
+    assert_eq!(messages.len(), 1, "a tidegate message is never published");
+    capture.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn partitions_have_topics_of_their_own_or_their_roots() {
+    for via_root in [false, true] {
+        let server = Postgres::shared(Version::Distribution).await;
+        let database = server.database("partitions").await;
+        database
+            .execute(
+                "CREATE TABLE p (id int, k int, PRIMARY KEY (id, k)) PARTITION BY RANGE (k); \
+                 CREATE TABLE p1 PARTITION OF p FOR VALUES FROM (0) TO (10); INSERT INTO p VALUES (1, 1)",
+            )
+            .await;
+        let mut world = World::new(&database, &[r"public\.p"]);
+        world.settings.via_root = via_root;
+        let capture = world.start().await;
+        let topic = if via_root { "shop.public.p" } else { "shop.public.p1" };
+        world.wait_for_changes(topic, 1).await;
+        // A partition made later belongs to it, too.
+        database
+            .execute(
+                "CREATE TABLE p2 PARTITION OF p FOR VALUES FROM (10) TO (20); INSERT INTO p VALUES (2, 2), (3, 12)",
+            )
+            .await;
+        let later = if via_root {
+            world.wait_for_changes(topic, 3).await
+        } else {
+            world.wait_for_changes("shop.public.p2", 1).await
+        };
+        assert_eq!(later.last().unwrap().after, json!({"id": 3, "k": 12}));
+        let both = world.wait_for_changes(topic, 2).await;
+        assert_eq!(letters(&both[..2]), "rc");
+        capture.stop().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plan_names_what_is_missing_and_changes_nothing() {
+    let server = Postgres::shared(Version::Distribution).await;
+    let database = server.database("plan").await;
+    let owner = database.connect_as_superuser().await;
+    owner.batch_execute("CREATE TABLE foreign_one (id int)").await.unwrap();
+    let world = World::new(&database, &[r"public\.foreign_one"]);
+    let plan = world.plan().await;
+    let steps: Vec<_> = plan.steps.iter().map(|step| (step.action, step.what)).collect();
+    assert!(steps.contains(&("create", "slot")) && steps.contains(&("create", "publication")), "{steps:?}");
+    assert!(steps.contains(&("create", "topic")) && steps.contains(&("create", "subject")), "{steps:?}");
+    let sql = plan.dba_sql.join("\n");
+    assert!(
+        sql.contains("CREATE PUBLICATION") && sql.contains("GRANT SELECT") && sql.contains("REPLICA IDENTITY"),
+        "{sql}"
+    );
+    owner.batch_execute(&sql.replace("GRANT USAGE", "; GRANT USAGE")).await.unwrap();
+    let sql = "SELECT count(*) FROM pg_replication_slots WHERE slot_name = $1";
+    assert_eq!(owner.query_one(sql, &[&world.settings.slot]).await.unwrap().get::<_, i64>(0), 0);
+    // With the script run, it works.
+    let capture = world.start().await;
+    owner.batch_execute("INSERT INTO foreign_one VALUES (1)").await.unwrap();
+    world.wait_for_changes("shop.public.foreign_one", 1).await;
+    capture.stop().await.unwrap();
+}
+
+fn resident_mb() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() / 1024
+}
+
+/// CPU time of this process, seconds.
+fn cpu_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+    let fields: Vec<&str> = stat.rsplit_once(") ").unwrap().1.split(' ').collect();
+    (fields[11].parse::<f64>().unwrap() + fields[12].parse::<f64>().unwrap()) / 100.0
+}
+
+/// `TIDEGATE_ROWS=10000000` for the large one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_huge_transaction_takes_bounded_memory() {
+    let count: u64 = std::env::var("TIDEGATE_ROWS").map_or(300_000, |rows| rows.parse().unwrap());
+    let server = Postgres::shared(Version::Distribution).await;
+    let database = server.database("huge").await;
+    database.execute("CREATE TABLE t (id bigint PRIMARY KEY, v text, n numeric)").await;
+    let world = World::new(&database, &[r"public\.t"]);
+    let capture = world.start().await;
+    capture.streaming().await;
+    let sql = format!("INSERT INTO t SELECT i, repeat('x', 200), i FROM generate_series(1, {count}) i");
+    database.connect().await.batch_execute(&sql).await.unwrap();
+    let (before, cpu, began) = (resident_mb(), cpu_seconds(), std::time::Instant::now());
+    let mut most = before;
+    let deadline = Duration::from_secs(60 + count / 10_000);
+    eventually(deadline, "all rows", async || {
+        most = most.max(resident_mb());
+        let applied = capture.status.counts().applied;
+        if applied >= count { Ok(()) } else { Err(applied.to_string()) }
+    })
+    .await;
+    println!(
+        "{count} rows in one transaction: {:.1} s, {:.2} CPU-s per million, RSS {before} -> {most} MB",
+        began.elapsed().as_secs_f64(),
+        (cpu_seconds() - cpu) * 1e6 / count as f64
+    );
+    // Other tests of this process grow, too: far below the transaction's size is all that can be said.
+    assert!(most - before < 250, "{before} MB -> {most} MB");
+    capture.stop().await.unwrap();
+}
+
+/// `cargo test --release --test it capture::figures -- --ignored --nocapture`
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "a measurement"]
+async fn figures() {
+    let count: u64 = std::env::var("TIDEGATE_ROWS").map_or(1_000_000, |rows| rows.parse().unwrap());
+    let server = Postgres::shared(Version::Distribution).await;
+    let database = server.database("figures").await;
+    database
+        .execute(
+            "CREATE TABLE t (id bigint PRIMARY KEY, a int, b text, c numeric(12,2), d timestamptz, e bool, f uuid, \
+             g double precision, h date, i text)",
+        )
+        .await;
+    let world = World::new(&database, &[r"public\.t"]);
+    let capture = world.start().await;
+    capture.streaming().await;
+    capture.pause();
+    eventually(Duration::from_secs(30), "paused", async || capture.status.state() == ConnectorState::Paused).await;
+    let sql = format!(
+        "DO $$ BEGIN FOR n IN 0..{} LOOP INSERT INTO t SELECT n * 1000 + i, i, 'text of row ' || i, i * 1.25, now(), \
+         i % 2 = 0, md5(i::text)::uuid, i / 7.0, '2026-01-01', repeat('y', 60) FROM generate_series(1, 1000) i; \
+         COMMIT; END LOOP; END $$",
+        count / 1000 - 1
+    );
+    database.connect().await.batch_execute(&sql).await.unwrap();
+    let (cpu, began, before) = (cpu_seconds(), std::time::Instant::now(), capture.status.counts().applied);
+    capture.resume();
+    eventually(Duration::from_secs(400), "all rows", async || {
+        let applied = capture.status.counts().applied - before;
+        if applied >= count { Ok(()) } else { Err(applied.to_string()) }
+    })
+    .await;
+    println!(
+        "{count} rows in transactions of 1000: {:.0} rows/s, {:.2} CPU-s per million, RSS {} MB",
+        count as f64 / began.elapsed().as_secs_f64(),
+        (cpu_seconds() - cpu) * 1e6 / count as f64,
+        resident_mb()
+    );
+    capture.stop().await.unwrap();
 }

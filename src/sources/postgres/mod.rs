@@ -173,6 +173,7 @@ impl PostgresSource {
     }
 
     fn drop_stage(&mut self) {
+        self.status.set_fact("stage", "disconnected");
         match std::mem::replace(&mut self.stage, Stage::Closed) {
             Stage::Opening(task) => abort(&task),
             Stage::Snapshot(snapshot) => {
@@ -242,6 +243,7 @@ impl PostgresSource {
             Opened::Snapshot(feed, position) => {
                 self.first = false;
                 self.status.set_state(ConnectorState::Snapshot);
+                self.status.set_fact("stage", "snapshot");
                 let (time_us, xid) = (feed.time_us, feed.xid);
                 let writer = self.writer(&position);
                 writer.reset((*position).clone());
@@ -273,6 +275,7 @@ impl PostgresSource {
 
     fn start_stream(&mut self, feed: StreamFeed) {
         self.first = false;
+        self.status.set_fact("stage", "streaming");
         self.status.set_state(ConnectorState::Running);
         self.status.set_progress(None);
         let position = feed.position.clone();

@@ -10,7 +10,7 @@ use tidegate::datastore::{Datastore, DatastoreSettings};
 use tidegate::event::{CapturePosition, Change};
 use tidegate::log::embedded::{EmbeddedLog, EmbeddedSettings};
 use tidegate::log::{ConsumedRecord, Log, PollLimit, StartAt};
-use tidegate::pipeline::{ConnectorContext, Control, Fault, Signal, Status};
+use tidegate::pipeline::{ConnectorContext, Control, Fault, Plan, Signal, Status};
 use tidegate::postgres::table_filter::pattern;
 use tidegate::registry::{EventDecoder, Registry, RegistryError, SchemaId};
 
@@ -95,6 +95,13 @@ impl World {
     pub async fn position(&self) -> Option<CapturePosition> {
         let mut writer = self.log.writer("capture").await.unwrap();
         writer.position().await.unwrap().map(|bytes| serde_json::from_slice(&bytes).unwrap())
+    }
+
+    /// What `plan` says.
+    pub async fn plan(&self) -> Plan {
+        let datastore = DatastoreSettings::from_url(&self.url).unwrap();
+        let address = self.settings.address(&datastore).unwrap();
+        tidegate::sources::postgres::plan(&self.settings, &address, &self.log, &self.registry, None).await.unwrap()
     }
 
     pub async fn start(&self) -> Running {
@@ -187,6 +194,15 @@ impl World {
 }
 
 impl Running {
+    /// Waits until the snapshot is whole and changes are streamed.
+    pub async fn streaming(&self) {
+        eventually(Duration::from_secs(60), "streaming", async || match self.status.facts().get("stage") {
+            Some(stage) if stage == "streaming" => Ok(()),
+            other => Err(format!("{other:?}, {:?}", self.status.last_error())),
+        })
+        .await;
+    }
+
     /// Waits until the connector shows this error.
     pub async fn error(&self, part: &str) -> String {
         eventually(Duration::from_secs(60), &format!("an error with '{part}'"), async || {
@@ -196,6 +212,14 @@ impl Running {
             }
         })
         .await
+    }
+
+    pub fn pause(&self) {
+        self.signal.send_replace(Signal::Pause);
+    }
+
+    pub fn resume(&self) {
+        self.signal.send_replace(Signal::Run);
     }
 
     pub async fn stop(self) -> Result<(), Fault> {
