@@ -41,7 +41,7 @@ pub fn table(
                 nullable: told.as_ref().is_none_or(|column| column.nullable),
                 default_expression: told
                     .as_ref()
-                    .filter(|column| column.column_type.oid == wal.type_oid)
+                    .filter(|column| is_same_kind(column.column_type.oid, wal.type_oid))
                     .and_then(|column| column.default_expression.clone()),
                 // What is in the WAL has a cell in every row.
                 generated: false,
@@ -58,6 +58,12 @@ pub fn table(
         columns,
         key,
     }
+}
+
+/// Whether a default of one type is one of the other, too: the type may have been changed since (`int` to `bigint`).
+fn is_same_kind(one: Oid, other: Oid) -> bool {
+    let integer = |oid: Oid| matches!(oid.0, 20 | 21 | 23);
+    one == other || (integer(one) && integer(other))
 }
 
 /// The key's columns in the order of its index, as far as the index is known to be the one of the WAL.
