@@ -23,9 +23,13 @@ type Filter = jaq_core::Filter<Jq>;
 
 /// What the program is called inside; no expression can write it by chance.
 const MAIN: &str = "__tidegate_main";
-const LONGEST: usize = 64 << 10;
-/// The parser and the compiler recurse along the expression.
-const COMPILE_STACK: usize = 64 << 20;
+/// The parser and the compiler recurse along the expression, some kilobytes of stack a level: these bounds and the
+/// stack of the thread that compiles go together.
+const LONGEST: usize = 16 << 10;
+const DEEPEST: usize = 256;
+/// Terms inside each other, counted by [`rewrite::depth`]: running recurses along them.
+const DEEPEST_TERM: usize = 400;
+const COMPILE_STACK: usize = 256 << 20;
 
 /// Compiles expressions, with a system's `define:` known to all of them.
 #[derive(Clone, Debug, Default)]
@@ -66,9 +70,8 @@ impl Compiler {
     }
 
     fn compile(&self, text: &Spanned<String>) -> Result<Filter, ConfigError> {
-        if let Some(long) = [Some(text), self.define.as_deref()].into_iter().flatten().find(|text| text.len() > LONGEST)
-        {
-            return Err(ConfigError::new(&long.place, format!("an expression of more than {LONGEST} bytes")));
+        for text in [Some(text), self.define.as_deref()].into_iter().flatten() {
+            bounded(text)?;
         }
         let define = self.define.as_deref();
         let compiled = std::thread::scope(|scope| {
@@ -84,16 +87,48 @@ impl Compiler {
     }
 }
 
+fn bounded(text: &Spanned<String>) -> Result<(), ConfigError> {
+    let error = |at, what: String| ConfigError::new(&text.place_in(at), what).hint("write it in several parts");
+    if text.len() > LONGEST {
+        return Err(error(0, format!("an expression of more than {LONGEST} bytes")));
+    }
+    let mut depth: usize = 0;
+    for (at, c) in text.char_indices() {
+        match c {
+            '(' | '[' | '{' => depth += 1,
+            ')' | ']' | '}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        if depth > DEEPEST {
+            return Err(error(at, format!("an expression nested more than {DEEPEST} deep")));
+        }
+    }
+    Ok(())
+}
+
+fn shallow(text: &Spanned<String>, at: usize, term: &Term<&str>) -> Result<(), ConfigError> {
+    if rewrite::depth(term) <= DEEPEST_TERM {
+        return Ok(());
+    }
+    Err(ConfigError::new(
+        &text.place_in(at),
+        format!("an expression of more than {DEEPEST_TERM} terms inside each other"),
+    )
+    .hint("every `|`, `,` and operator of a chain counts; a list of constants is shorter as \"a,b,c\" / \",\""))
+}
+
 fn compile(define: Option<&Spanned<String>>, text: &Spanned<String>) -> Result<Filter, ConfigError> {
     let mut defs: Vec<Def<&str>> = standard().to_vec();
     let mut defined = Vec::new();
     if let Some(define) = define {
         for def in parse(define, |parser| parser.defs())? {
+            shallow(define, offset(define, def.name).unwrap_or(0), &def.body)?;
             defined.push(def.name);
             defs.push(rewrite::def(def, Compare::Exact));
         }
     }
     let main: Term<&str> = parse(text, |parser| parser.term())?;
+    shallow(text, 0, &main)?;
     defs.push(Def { name: MAIN, args: Vec::new(), body: rewrite::term(main, Compare::Exact) });
     let arena = Arena::default();
     let inside = |what: &str| ConfigError::new(&text.place, format!("this expression cannot be compiled: {what}"));

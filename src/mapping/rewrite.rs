@@ -122,38 +122,77 @@ fn pattern(bound: Pattern<&str>, compare: Compare) -> Pattern<&str> {
 
 /// Whether a term calls `name` anywhere.
 fn calls(tree: &Term<&str>, name: &str) -> bool {
-    let any = |tree: &Term<&str>| calls(tree, name);
+    let mut found = matches!(tree, Term::Call(called, _) if *called == name);
+    each(tree, &mut |inner| found = found || calls(inner, name));
+    found
+}
+
+/// How many terms stand inside each other; a pipe stands around what follows it.
+pub(super) fn depth(tree: &Term<&str>) -> usize {
+    let mut deepest = 0;
+    each(tree, &mut |inner| deepest = deepest.max(depth(inner)));
+    deepest + 1
+}
+
+/// The terms right inside a term.
+fn each(tree: &Term<&str>, visit: &mut dyn FnMut(&Term<&str>)) {
     match tree {
-        Term::Id | Term::Recurse | Term::Num(_) | Term::Break(_) | Term::Var(_) => false,
-        Term::Str(_, parts) => parts.iter().any(|part| matches!(part, StrPart::Term(inner) if any(inner))),
-        Term::Arr(inside) => inside.as_deref().is_some_and(any),
-        Term::Obj(fields) => fields.iter().any(|(key, value)| any(key) || value.as_ref().is_some_and(any)),
-        Term::Neg(inside) | Term::Label(_, inside) => any(inside),
+        Term::Id | Term::Recurse | Term::Num(_) | Term::Break(_) | Term::Var(_) => {}
+        Term::Str(_, parts) => parts.iter().for_each(|part| match part {
+            StrPart::Term(inner) => visit(inner),
+            StrPart::Str(_) | StrPart::Char(_) => {}
+        }),
+        Term::Arr(inside) => inside.iter().for_each(|inner| visit(inner)),
+        Term::Obj(fields) => fields.iter().for_each(|(key, value)| {
+            visit(key);
+            value.iter().for_each(&mut *visit);
+        }),
+        Term::Neg(inside) | Term::Label(_, inside) => visit(inside),
         Term::BinOp(left, op, right) => {
-            any(left) || any(right) || matches!(op, BinaryOp::Pipe(Some(bound)) if pattern_calls(bound, name))
+            visit(left);
+            if let BinaryOp::Pipe(Some(bound)) = op {
+                each_of_pattern(bound, visit);
+            }
+            visit(right);
         }
-        Term::Fold(_, values, bound, parts) => any(values) || pattern_calls(bound, name) || parts.iter().any(any),
-        Term::TryCatch(inside, catch) => any(inside) || catch.as_deref().is_some_and(any),
+        Term::Fold(_, values, bound, parts) => {
+            visit(values);
+            each_of_pattern(bound, visit);
+            parts.iter().for_each(visit);
+        }
+        Term::TryCatch(inside, catch) => {
+            visit(inside);
+            catch.iter().for_each(|inner| visit(inner));
+        }
         Term::IfThenElse(branches, otherwise) => {
-            branches.iter().any(|(condition, branch)| any(condition) || any(branch))
-                || otherwise.as_deref().is_some_and(any)
+            branches.iter().for_each(|(condition, branch)| {
+                visit(condition);
+                visit(branch);
+            });
+            otherwise.iter().for_each(|inner| visit(inner));
         }
-        Term::Def(defs, body) => defs.iter().any(|def| any(&def.body)) || any(body),
-        Term::Call(called, arguments) => *called == name || arguments.iter().any(any),
+        Term::Def(defs, body) => {
+            defs.iter().for_each(|def| visit(&def.body));
+            visit(body);
+        }
+        Term::Call(_, arguments) => arguments.iter().for_each(visit),
         Term::Path(inside, Path(parts)) => {
-            any(inside)
-                || parts.iter().any(|(part, _)| match part {
-                    Part::Index(index) => any(index),
-                    Part::Range(from, to) => from.as_ref().is_some_and(any) || to.as_ref().is_some_and(any),
-                })
+            visit(inside);
+            parts.iter().for_each(|(part, _)| match part {
+                Part::Index(index) => visit(index),
+                Part::Range(from, to) => from.iter().chain(to).for_each(&mut *visit),
+            });
         }
     }
 }
 
-fn pattern_calls(bound: &Pattern<&str>, name: &str) -> bool {
+fn each_of_pattern(bound: &Pattern<&str>, visit: &mut dyn FnMut(&Term<&str>)) {
     match bound {
-        Pattern::Var(_) => false,
-        Pattern::Arr(items) => items.iter().any(|item| pattern_calls(item, name)),
-        Pattern::Obj(fields) => fields.iter().any(|(key, value)| calls(key, name) || pattern_calls(value, name)),
+        Pattern::Var(_) => {}
+        Pattern::Arr(items) => items.iter().for_each(|item| each_of_pattern(item, visit)),
+        Pattern::Obj(fields) => fields.iter().for_each(|(key, value)| {
+            visit(key);
+            each_of_pattern(value, visit);
+        }),
     }
 }

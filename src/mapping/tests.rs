@@ -316,9 +316,27 @@ fn definitions_of_a_system_are_known_and_placed() {
 
 #[test]
 fn an_expression_that_is_nested_without_end_is_refused_not_crashed_on() {
-    for deep in
-        [format!("{}1{}", "(".repeat(20_000), ")".repeat(20_000)), "1|".repeat(20_000) + "1", "[".repeat(60_000)]
-    {
+    let deep = [
+        format!("{}1{}", "(".repeat(20_000), ")".repeat(20_000)),
+        format!("{}1{}", "(".repeat(250), ")".repeat(250)),
+        "1|".repeat(8_000) + "1",
+        "1,".repeat(8_000) + "1",
+        "-".repeat(16_000) + "1",
+        "try ".repeat(4_000) + "1",
+        "1 as $x|".repeat(2_000) + "1",
+        "1+".repeat(8_000) + "1",
+        "[".repeat(60_000),
+        // Just within the bounds.
+        "1|".repeat(380) + "1",
+        "1,".repeat(380) + "1",
+        "-".repeat(380) + "1",
+        "try ".repeat(380) + "1",
+        "1 as $x|".repeat(380) + "1",
+        "1+".repeat(380) + "1",
+        "first(".repeat(250) + "1" + &")".repeat(250),
+        "[".repeat(250) + "1" + &"]".repeat(250),
+    ];
+    for deep in deep {
         match Compiler::default().jq(&text(&deep)) {
             Ok(program) => drop(program.run(&Value::Null, &Scope::default())),
             Err(error) => assert!(error.to_string().len() < 1000, "{error}"),

@@ -20,7 +20,7 @@ use super::convert::DEEPEST;
 use super::links::{Links, Wanted};
 
 /// Steps of one run. A usual mapping takes some hundreds.
-pub const STEPS: u64 = 5_000_000;
+pub const STEPS: u64 = 2_000_000;
 /// Time of one run.
 pub const TIME: Duration = Duration::from_secs(5);
 /// Bytes of texts and lists made by `+` and `*` in one run.
