@@ -272,10 +272,9 @@ async fn drain_all(inside: Weak<Inside>) {
 }
 
 fn serve(asking: &BaseConsumer<Told>) {
+    // A poll that served a log line gives nothing, as does one that found nothing: neither is the end.
     for _ in 0..100 {
-        if asking.poll(Duration::ZERO).is_none() {
-            return;
-        }
+        let _ = asking.poll(Duration::ZERO);
     }
 }
 

@@ -477,11 +477,11 @@ impl Actor {
             let _ = self.finish_revoking();
         }
         // Enough to serve what is queued; paused partitions give at most what was on its way.
-        for _ in 0..1000 {
+        for _ in 0..200 {
             match self.consumer.poll(Duration::ZERO) {
                 Some(Ok(message)) => self.gatherer.push(&message),
                 Some(Err(error)) => drop(self.complaint(&error)),
-                None => break,
+                None => {}
             }
         }
         let records = self.gatherer.take();
