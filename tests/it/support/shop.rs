@@ -115,6 +115,17 @@ impl Shop {
         Sink { signal, abort, task, status }
     }
 
+    /// Runs a connector of any kind, as its file has it.
+    pub fn connector(&self, system: &Arc<System>, file: &str) -> Sink {
+        let systems = std::collections::BTreeMap::from([(system.name().to_owned(), system.clone())]);
+        let world = tidegate::worker::World { systems: &systems, state: self.folder.path() };
+        let loaded = tidegate::worker::load("connector.yaml".as_ref(), file, &world).unwrap_or_else(|e| panic!("{e}"));
+        let (context, signal, abort) = self.context(&loaded.name);
+        let status = context.status.clone();
+        let task = tokio::spawn(async move { loaded.connector.run(context).await });
+        Sink { signal, abort, task, status }
+    }
+
     pub async fn parked(&self) -> Vec<ParkedSummary> {
         list_parked(&self.datastore.client().await.unwrap(), None, 1000).await.unwrap()
     }
@@ -140,6 +151,9 @@ impl Shop {
         let row = self.sql.query_one("SELECT count(*) FROM capture.events", &[]).await.unwrap();
         let events: i64 = row.get(0);
         let lag = self.log.group_lag(&http::group_of(sink)).await.unwrap();
+        if lag.is_empty() {
+            return 1; // it has not begun
+        }
         intents + events + lag.iter().map(|lag| lag.end.0 - lag.committed.map_or(0, |offset| offset.0)).sum::<i64>()
     }
 }
