@@ -21,8 +21,10 @@ async fn rows_and_parties_that_are_there_already_are_paired_and_none_is_doubled(
     let matching = CUSTOMERS.replace("initial: create", "initial: match");
     let sink = shop.sink("matching", &erp, &matching);
     settled(&shop, "matching").await;
+    assert!(shop.parked().await.is_empty(), "{:?}", shop.parked().await);
     assert_eq!(parties(&tryton).await.len(), 10);
-    assert_eq!(shop.links("party").await.len(), 5);
+    let asked: Vec<_> = proxy.seen().into_iter().map(|seen| format!("{} {}", seen.method, seen.path)).collect();
+    assert_eq!(shop.links("party").await.len(), 5, "{asked:?}");
     assert_eq!(proxy.count("POST", ""), 0);
     assert_eq!(proxy.count("PUT", ""), 0, "which side is right is not for the sink to say");
     sink.stop().await;

@@ -58,6 +58,8 @@ pub(super) struct Attempt {
     /// Of a create that may have gone out before.
     pub idempotency_key: Option<String>,
     pub tries: u32,
+    /// The request for people of a step that had no answer and is sent again.
+    pub sent_again: Option<String>,
     started: Option<Instant>,
 }
 
@@ -410,7 +412,7 @@ impl Delivery {
 
     fn template(&self, doing: Doing) -> Result<&RequestTemplate, Fault> {
         let template = match (doing, &self.settings.update) {
-            (Doing::Create(step), _) => self.settings.create.get(step),
+            (Doing::Create(step), _) => self.settings.create.get(step).map(|step| &step.request),
             (Doing::Update, Update::Request(template)) => Some(&**template),
             (Doing::Update, _) => None,
             (Doing::Delete, _) => self.settings.delete.as_ref(),
@@ -482,8 +484,12 @@ impl Delivery {
                     self.applied(&key, &job, None).await?.map_err(|rejection| Fault::retry(rejection.reason))?;
                     return Ok(Next::Done(Outcome::Applied));
                 }
-                Answer::Rejected { response, reason } => {
+                Answer::Rejected { response, mut reason } => {
                     self.close_intent(&key, &job.intent.id).await?;
+                    if attempt.sent_again.as_ref() == Some(&job.intent.request) {
+                        reason += "; an earlier try had no answer and may have gone through; hint: give the step a `done` \
+                                   that asks the system";
+                    }
                     let rejection = Rejection::because(reason).of(&job.request).answered(response.to_json());
                     return Ok(Next::rejected(rejection));
                 }
@@ -785,7 +791,7 @@ impl Delivery {
         });
         let mut attempt = Attempt { started: Some(Instant::now()), ..Attempt::default() };
         let mut step = 0;
-        while let Some(template) = self.settings.create.get(step) {
+        while let Some(template) = self.settings.create.get(step).map(|step| &step.request) {
             let client = self.datastore.client().await?;
             let mut answers = Answers::new(self.settings.system.name());
             if let Some(when) = &self.settings.when {

@@ -100,7 +100,7 @@ impl One<'_> {
     /// `None`: nothing would be sent.
     async fn show(&self, table: &TableName, key: &Value, change: &Change) -> Result<Option<Value>, Fault> {
         if matches!(self.shape, Shape::Changes) {
-            let lines: Vec<_> = self.settings.create.iter().map(line).collect();
+            let lines: Vec<_> = self.settings.create.iter().map(|step| line(&step.request)).collect();
             return Ok(Some(json!({ "key": key, "does": "change", "requests": lines })));
         }
         if !parked_places(self.client, self.connector, key).await?.is_empty() {
@@ -164,12 +164,12 @@ impl One<'_> {
                     requests.push((matching, None));
                 }
                 if !pairs_only && let Some(first) = settings.create.first() {
-                    requests.push((first, now));
+                    requests.push((&first.request, now));
                 }
                 if pairs_only { "match" } else { "create" }
             }
             Send::Finish(step) => {
-                requests.extend(settings.create.get(step).map(|template| (template, None)));
+                requests.extend(settings.create.get(step).map(|step| (&step.request, None)));
                 "finish the create"
             }
             Send::Update(body) => match &settings.update {
@@ -205,7 +205,7 @@ impl One<'_> {
             }
         }
         let later = match does {
-            "create" => settings.create.iter().skip(1).map(line).collect(),
+            "create" => settings.create.iter().skip(1).map(|step| line(&step.request)).collect(),
             _ => Vec::new(),
         };
         let mut shown = json!({ "key": key, "does": does, "requests": rendered });

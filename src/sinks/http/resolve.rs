@@ -10,7 +10,9 @@ use super::expressions::{Answers, Unmapped};
 use super::outcome::{Next, Outcome, Rejection};
 use super::settings::Update;
 use super::work::KeyWork;
-use crate::datastore::{Intent, Link, LinkKey, delete_link, link_by_external, lock_link, save_link};
+use crate::datastore::{
+    Intent, Link, LinkKey, delete_link, find_link, link_by_external, lock_link, next_push_seq, save_lines, save_link,
+};
 use crate::pipeline::Fault;
 use crate::systems::Answer;
 
@@ -137,6 +139,9 @@ impl Delivery {
             return Ok(Next::Again(rest.max(Duration::from_millis(10))));
         }
         tracing::info!(connector = self.connector, key = %key.key, request = intent.request, "an open intent is resolved");
+        if intent.operation == "step" {
+            return self.resolve_step(key, &intent, attempt).await;
+        }
         if intent.operation != "create" {
             return self.forget(key, &intent).await;
         }
@@ -171,6 +176,67 @@ impl Delivery {
              look in the system: drop this record if it is there, replay it if it is not",
             intent.request
         ))))
+    }
+
+    /// A step of a create had no answer: asks whether it is done, where the settings say how.
+    async fn resolve_step(&self, key: &LinkKey, intent: &Intent, attempt: &mut Attempt) -> Result<Next, Fault> {
+        let client = self.datastore.client().await?;
+        let Some(link) = find_link(&client, key).await? else { return Ok(Next::Again(Duration::ZERO)) };
+        let step = self.settings.create.get(link.steps_done(self.settings.create.len()));
+        let Some(done) = step.and_then(|step| step.done.as_ref()) else {
+            attempt.sent_again = Some(intent.request.clone());
+            return self.forget(key, intent).await;
+        };
+        let shown = link.shown();
+        let mut answers = Answers::new(self.settings.system.name());
+        let rendered = answers
+            .run(&client, |links| done.request.render(&intent.document, &scope(&shown, None, Some(links))))
+            .await?;
+        drop(client);
+        let request = match rendered {
+            Ok(request) => request.purpose("done"),
+            Err(Unmapped::Waits(wanted)) => return Ok(Next::Done(Outcome::Waiting(wanted))),
+            Err(Unmapped::Failed(reason)) => {
+                return Ok(Next::rejected(Rejection::because(format!("`done`: {reason}"))));
+            }
+        };
+        let response = match self.settings.system.send(&request).await {
+            Answer::Applied(response) => response,
+            Answer::Rejected { response, reason } => {
+                let rejection = Rejection::because(format!("`done` was refused: {reason}"));
+                return Ok(Next::rejected(rejection.of(&request).answered(response.to_json())));
+            }
+            Answer::Retry { after, response, reason } => {
+                return self.again(attempt, after, response, reason, &request);
+            }
+            Answer::Unavailable { after, reason, .. } => return Err(Fault::unavailable(reason, after)),
+            Answer::Uncertain { reason } => return Err(Fault::retry(reason)),
+        };
+        match done.when.holds(&response.body, &response_scope(Some(&response))) {
+            Ok(false) => self.forget(key, intent).await,
+            Ok(true) => self.step_is_done(key, intent).await,
+            Err(error) => {
+                let rejection = Rejection::because(format!("`done`: {error}"));
+                Ok(Next::rejected(rejection.of(&request).answered(response.to_json())))
+            }
+        }
+    }
+
+    async fn step_is_done(&self, key: &LinkKey, intent: &Intent) -> Result<Next, Fault> {
+        let mut client = self.datastore.client().await?;
+        let transaction = client.transaction().await.map_err(db)?;
+        if let Some(mut link) = self.lock_own(&transaction, key, &intent.id).await? {
+            link.intent = None;
+            link.step += 1;
+            link.pushed_seq = next_push_seq(&transaction).await?;
+            if link.steps_done(self.settings.create.len()) >= self.settings.create.len() {
+                link.base_doc = Some(intent.document.clone());
+                save_lines(&transaction, key, &self.shape.line_keys(&intent.document)).await?;
+            }
+            save_link(&transaction, &link).await?;
+            transaction.commit().await.map_err(db)?;
+        }
+        Ok(Next::Again(Duration::ZERO))
     }
 
     /// An update, a step or a delete is decided and sent again; what an update reached is not known.

@@ -23,7 +23,7 @@ pub struct Settings {
     /// Finds the counterpart of a row without a link.
     pub matching: Option<RequestTemplate>,
     /// Steps; empty: nothing is created.
-    pub create: Vec<RequestTemplate>,
+    pub create: Vec<Step>,
     /// The create can be sent again with its idempotency key.
     pub idempotent: bool,
     pub update: Update,
@@ -53,6 +53,41 @@ pub enum SendMode {
     Document { root: TableName, lines: Vec<LineSource>, query: Option<String> },
     /// The event itself, once per event, without a link.
     Change,
+}
+
+/// One request of a create.
+pub struct Step {
+    pub request: RequestTemplate,
+    /// Asked when the request had no answer: whether the step is done. Without it the request is sent again.
+    pub done: Option<Done>,
+}
+
+/// `done: { request: GET /sale.sale/{{ $link.id }}, when: .state != "draft" }`
+pub struct Done {
+    pub request: RequestTemplate,
+    /// Of the answer.
+    pub when: Program,
+}
+
+impl Step {
+    fn read(node: &Node, compiler: &Compiler) -> Result<Self, ConfigError> {
+        if !node.is_map() {
+            return Ok(Step { request: RequestTemplate::read(node, compiler)?, done: None });
+        }
+        let mut section = Section::new(node.clone(), "create")?;
+        let request = RequestTemplate::from_section(&mut section, compiler)?;
+        let done = match section.section("done")? {
+            None => None,
+            Some(mut done) => {
+                let request = RequestTemplate::from_section(&mut done, compiler)?;
+                let when = compiler.jq(&done.require("when")?)?;
+                done.finish()?;
+                Some(Done { request, when })
+            }
+        };
+        section.finish()?;
+        Ok(Step { request, done })
+    }
 }
 
 /// `name: schema.table.column` in `document`: rows whose column is the root's key.
@@ -230,7 +265,7 @@ fn word(node: &Node) -> Option<&str> {
 }
 
 /// One request or a list of them; and whether the first makes use of the idempotency key.
-fn steps(section: &mut Section, compiler: &Compiler, name: &str) -> Result<(Vec<RequestTemplate>, bool), ConfigError> {
+fn steps(section: &mut Section, compiler: &Compiler, name: &str) -> Result<(Vec<Step>, bool), ConfigError> {
     let Some(node) = section.node(name)? else { return Ok((Vec::new(), false)) };
     let nodes = match &node.kind {
         NodeKind::List(nodes) => nodes.as_slice(),
@@ -238,8 +273,8 @@ fn steps(section: &mut Section, compiler: &Compiler, name: &str) -> Result<(Vec<
         _ => std::slice::from_ref(&node),
     };
     let idempotent = nodes.first().is_some_and(mentions_idempotency_key);
-    let templates = nodes.iter().map(|node| RequestTemplate::read(node, compiler)).collect::<Result<_, _>>()?;
-    Ok((templates, idempotent))
+    let steps = nodes.iter().map(|node| Step::read(node, compiler)).collect::<Result<_, _>>()?;
+    Ok((steps, idempotent))
 }
 
 fn mentions_idempotency_key(node: &Node) -> bool {
