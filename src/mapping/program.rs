@@ -274,6 +274,11 @@ impl Program {
         &self.0.text.value
     }
 
+    /// Whether a reference (`${env:…}`, `${file:…}`) went into it.
+    pub fn masked(&self) -> bool {
+        self.0.text.masked()
+    }
+
     /// Where it is written.
     pub fn place(&self) -> &crate::config::Place {
         &self.0.text.place

@@ -78,6 +78,11 @@ impl Template {
         }
     }
 
+    /// Whether a reference (`${env:…}`, `${file:…}`) went into it.
+    pub fn masked(&self) -> bool {
+        self.text.masked()
+    }
+
     /// The text as written.
     pub fn text(&self) -> &str {
         &self.text.value
@@ -188,6 +193,12 @@ impl Tree {
             }
         }
         if needs.is_empty() { Ok(rendered) } else { Err(MapError::Needs(needs)) }
+    }
+
+    /// Names of the entries that a reference went into.
+    pub fn masked_names(&self) -> Vec<String> {
+        let masked = self.entries.iter().filter(|(_, templates)| templates.iter().any(Template::masked));
+        masked.map(|(name, _)| name.clone()).collect()
     }
 
     pub fn is_empty(&self) -> bool {

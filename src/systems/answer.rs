@@ -21,7 +21,21 @@ pub struct HttpRequest {
     pub timeout: Option<Duration>,
     /// What it is for, a label of metrics and counts: `match`, `create`, `update`, `delete`, `pull`, `probe` …
     pub purpose: &'static str,
+    pub masked: Masked,
 }
+
+/// Parts of a request that a reference (`${env:…}`, `${file:…}`) went into: sent as they are, and shown as `***`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Masked {
+    pub path: bool,
+    pub body: bool,
+    /// Names of parameters.
+    pub params: Vec<String>,
+    /// Names of headers.
+    pub headers: Vec<String>,
+}
+
+const HIDDEN: &str = "***";
 
 impl HttpRequest {
     pub fn new(method: Method, path: impl Into<String>) -> Self {
@@ -33,6 +47,7 @@ impl HttpRequest {
             body: None,
             timeout: None,
             purpose: "request",
+            masked: Masked::default(),
         }
     }
 
@@ -48,21 +63,47 @@ impl HttpRequest {
 
     /// For people and dead letters: `POST /party.party?f=addresses`.
     pub fn line(&self) -> String {
-        let mut line = format!("{} {}", self.method, self.path);
-        let mut separator = if self.path.contains('?') { '&' } else { '?' };
+        let path = self.shown_path();
+        let mut separator = if path.contains('?') { '&' } else { '?' };
+        let mut line = format!("{} {path}", self.method);
         for (name, value) in &self.query {
             line.push(separator);
             line.push_str(name);
             line.push('=');
-            line.push_str(value);
+            line.push_str(if self.hides_param(name) { HIDDEN } else { value });
             separator = '&';
         }
         line
     }
 
-    /// As a dead letter and `preview` show it. Credentials are not part of a request, so none can show.
+    /// The path for people: of a query in it, values that are hidden are not shown.
+    pub fn shown_path(&self) -> String {
+        if self.masked.path {
+            return format!("/{HIDDEN}");
+        }
+        let Some((path, query)) = self.path.split_once('?') else { return self.path.clone() };
+        let pair = |pair: &str| match pair.split_once('=') {
+            Some((name, _)) if self.hides_param(name) => format!("{name}={HIDDEN}"),
+            _ => pair.to_owned(),
+        };
+        let pairs: Vec<_> = query.split('&').map(pair).collect();
+        format!("{path}?{}", pairs.join("&"))
+    }
+
+    /// As a dead letter and `preview` show it: what the system's `auth` adds is no part of it, and what references
+    /// went into, or what by its name is a secret, is hidden.
     pub fn to_json(&self) -> Value {
-        json!({ "request": self.line(), "headers": pairs(&self.headers), "body": self.body })
+        let header = |(name, value): &(String, String)| {
+            let hidden = self.masked.headers.contains(name) || is_secret(name);
+            (name.clone(), Value::from(if hidden { HIDDEN } else { value.as_str() }))
+        };
+        let headers = Value::Object(self.headers.iter().map(header).collect());
+        let body = if self.masked.body { Some(Value::from(HIDDEN)) } else { self.body.clone() };
+        json!({ "request": self.line(), "headers": headers, "body": body })
+    }
+
+    fn hides_param(&self, name: &str) -> bool {
+        self.masked.params.iter().any(|masked| masked == name) || is_secret(name)
     }
 }
 
@@ -99,8 +140,13 @@ impl HttpResponse {
     }
 }
 
-fn pairs(pairs: &[(String, String)]) -> Value {
-    Value::Object(pairs.iter().map(|(name, value)| (name.clone(), Value::from(value.clone()))).collect())
+/// Whether a header or parameter of this name holds credentials, wherever its value comes from.
+fn is_secret(name: &str) -> bool {
+    let plain: String = name.chars().filter(char::is_ascii_alphanumeric).collect::<String>().to_ascii_lowercase();
+    plain == "cookie"
+        || ["authorization", "apikey", "accesstoken", "authtoken", "secret", "password"]
+            .iter()
+            .any(|part| plain.contains(part))
 }
 
 /// What came of a request, by what is to be done about it.
@@ -143,5 +189,28 @@ impl Answer {
             Answer::Unavailable { .. } => "unavailable",
             Answer::Uncertain { .. } => "uncertain",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_masked_or_secret_by_its_name_is_never_shown() {
+        let mut request = HttpRequest::new(Method::GET, "/orders?api_key=k1&since=3");
+        request.query = vec![("page".to_owned(), "2".to_owned()), ("tenant".to_owned(), "k2".to_owned())];
+        let header = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+        request.headers = vec![header("Authorization", "Bearer k3"), header("X-Shop", "k4"), header("Accept", "json")];
+        request.masked.params = vec!["tenant".to_owned()];
+        request.masked.headers = vec!["X-Shop".to_owned()];
+        assert_eq!(request.line(), "GET /orders?api_key=***&since=3&page=2&tenant=***");
+        let shown = request.to_json();
+        assert_eq!(shown["headers"], json!({"Authorization": "***", "X-Shop": "***", "Accept": "json"}));
+        request.masked.path = true;
+        request.masked.body = true;
+        request.body = Some(json!({"key": "k5"}));
+        let shown = request.to_json().to_string();
+        assert!(!["k1", "k2", "k3", "k4", "k5"].iter().any(|secret| shown.contains(secret)), "{shown}");
     }
 }

@@ -64,6 +64,8 @@ enum Lost {
     NotSent(String),
     /// Sent, in part at the least.
     AfterSending(String),
+    /// Answered with this status, at more than `response.limit`.
+    TooLong(u16),
     /// The budget has no turn in time.
     NoTurn(Duration),
     /// No credentials: what a login came to.
@@ -124,8 +126,14 @@ impl System {
     /// is let through to see. Give it a deadline of your own.
     pub async fn wait_available(&self) {
         let mut changes = self.breaker.changes();
-        // The sender lives as long as `self`.
-        let _ = changes.wait_for(|state| *state != BreakerState::Open).await;
+        while self.breaker() == BreakerState::Open {
+            // Looked after again and again: one that just let a request through on trial is still there for a moment
+            // when that request fails, and then gone.
+            self.watch_breaker();
+            let again = self.breaker.open_time().max(Duration::from_millis(50));
+            // The sender lives as long as `self`.
+            let _ = tokio::time::timeout(again, changes.wait_for(|state| *state != BreakerState::Open)).await;
+        }
     }
 
     /// Requests that connectors sent, since the start; logins and probes are not counted.
@@ -149,10 +157,20 @@ impl System {
         };
         let began = Instant::now();
         let (answer, certain) = match self.exchange(request).await {
-            Ok(response) => self.class(request, response).await,
-            Err(lost) => (self.no_answer(request, lost), false),
+            Ok(response) => {
+                let (answer, certain) = self.class(request, response).await;
+                (answer, Some(certain))
+            }
+            Err(lost) => {
+                // Too long an answer is an answer: it tells of no outage.
+                let certain = if matches!(lost, Lost::TooLong(_)) { None } else { Some(false) };
+                (self.no_answer(request, lost), certain)
+            }
         };
-        self.tell_breaker(request, &answer, certain);
+        match certain {
+            Some(certain) => self.tell_breaker(request, &answer, certain),
+            None => self.breaker.succeeded(),
+        }
         drop(pass);
         let labels = [
             ("system", self.name().to_owned()),
@@ -346,11 +364,20 @@ impl System {
     }
 
     fn reason(&self, request: &HttpRequest, response: &HttpResponse) -> String {
-        format!("{} {} answered {}: {}", request.method, request.path, response.status, response.excerpt())
+        format!("{} {} answered {}: {}", request.method, request.shown_path(), response.status, response.excerpt())
+    }
+
+    fn too_long(&self) -> String {
+        format!(
+            "the answer is longer than {}; hint: ask for fewer records at a time (the paginator's `limit`) or fewer \
+             fields, or raise `response.limit` of system '{}'",
+            self.settings.response_limit,
+            self.name()
+        )
     }
 
     fn no_answer(&self, request: &HttpRequest, lost: Lost) -> Answer {
-        let line = format!("{} {}", request.method, request.path);
+        let line = format!("{} {}", request.method, request.shown_path());
         match lost {
             Lost::Unfit(reason) => {
                 let response = HttpResponse { status: 0, headers: Vec::new(), body: Value::Null };
@@ -358,6 +385,14 @@ impl System {
             }
             Lost::NotSent(reason) => {
                 Answer::Unavailable { after: None, reason: format!("{line}: {reason}"), maybe_applied: false }
+            }
+            Lost::TooLong(status) => {
+                let reason = format!("{line} answered {status}: {}", self.too_long());
+                if request.is_safe() {
+                    let response = HttpResponse { status, headers: Vec::new(), body: Value::Null };
+                    return Answer::Rejected { response, reason };
+                }
+                Answer::Uncertain { reason }
             }
             Lost::AfterSending(reason) if request.is_safe() => {
                 Answer::Retry { after: None, response: None, reason: format!("{line}: {NO_ANSWER}: {reason}") }
@@ -472,9 +507,7 @@ impl System {
         let mut body = Vec::new();
         while let Some(chunk) = response.chunk().await.map_err(lost)? {
             if (body.len() + chunk.len()) as u64 > limit {
-                return Err(Lost::AfterSending(format!(
-                    "the answer is longer than {limit} bytes; ask for fewer records, or raise `response.limit`"
-                )));
+                return Err(Lost::TooLong(status));
             }
             body.extend_from_slice(&chunk);
         }
@@ -530,6 +563,7 @@ impl Lost {
         match self {
             Lost::Unfit(reason) | Lost::NotSent(reason) | Lost::Credentials(reason) => reason.clone(),
             Lost::AfterSending(reason) => format!("{NO_ANSWER}: {reason}"),
+            Lost::TooLong(status) => format!("answered {status}, at more than `response.limit`"),
             Lost::NoTurn(wait) => format!("no turn in the budget for {} s", wait.as_secs()),
         }
     }

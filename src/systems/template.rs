@@ -8,6 +8,7 @@ use reqwest::Method;
 use serde_json::Value;
 
 use super::HttpRequest;
+use super::answer::Masked;
 use crate::config::{ConfigError, Node, Section, Spanned};
 use crate::mapping::{Compiler, Escape, MapError, Program, Scope, Template, Tree};
 
@@ -108,6 +109,12 @@ impl RequestTemplate {
             body: self.body.as_ref().map(|body| body.first(input, scope)).transpose()?,
             timeout: self.timeout,
             purpose: "request",
+            masked: Masked {
+                path: self.path.masked(),
+                body: self.body.as_ref().is_some_and(Program::masked),
+                params: self.params.as_ref().map(Tree::masked_names).unwrap_or_default(),
+                headers: self.headers.as_ref().map(Tree::masked_names).unwrap_or_default(),
+            },
         })
     }
 }

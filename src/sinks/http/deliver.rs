@@ -445,6 +445,7 @@ impl Delivery {
             // An action without a body of its own is sent an empty object: many servers refuse a POST with none.
             let wants_body = [Method::POST, Method::PUT, Method::PATCH].contains(&request.method);
             request.body = body.or_else(|| wants_body.then(|| json!({})));
+            request.masked.body = self.settings.map.as_ref().is_some_and(Program::masked);
         }
         let intent = Intent {
             id: Uuid::new_v4().simple().to_string(),
@@ -816,7 +817,10 @@ impl Delivery {
                     }
                 };
                 match body {
-                    Ok(body) => request.body = Some(body),
+                    Ok(body) => {
+                        request.body = Some(body);
+                        request.masked.body = self.settings.map.as_ref().is_some_and(Program::masked);
+                    }
                     Err(unmapped) => return Ok(not_mapped_outcome(unmapped)),
                 }
             }

@@ -198,6 +198,7 @@ impl One<'_> {
                 Ok(mut request) => {
                     if template.body.is_none() {
                         request.body = body;
+                        request.masked.body = self.settings.map.as_ref().is_some_and(crate::mapping::Program::masked);
                     }
                     rendered.push(request.to_json());
                 }
