@@ -70,6 +70,7 @@ where
         status,
         shown: None,
         faults: 0,
+        told: None,
         meters,
     };
     let pipeline = Pipeline { name: name.clone(), intake, destination, control };
@@ -133,6 +134,8 @@ struct Intake<S: Source> {
     shown: Option<ConnectorState>,
     /// Faults since a batch was last acknowledged.
     faults: u32,
+    /// The passing fault that the status shows.
+    told: Option<String>,
     meters: Meters,
 }
 
@@ -245,6 +248,7 @@ where
         let faults = self.intake.faults;
         let pause = backoff::pause(broken.fault.kind, faults);
         self.intake.status.set_error(broken.fault.message.clone());
+        self.intake.told = Some(broken.fault.message.clone());
         self.intake.meters.fault();
         let unavailable = matches!(broken.fault.kind, FaultKind::Unavailable { .. });
         if unavailable || faults > QUIET_FAULTS {
@@ -332,6 +336,12 @@ impl<S: Source> Intake<S> {
             .map_err(|fault| Broken { side: Side::Acknowledging, fault })?;
         self.landed_at = Instant::now();
         self.faults = 0;
+        // The fault is over. What others have told since (records that were parked) stays.
+        if let Some(fault) = self.told.take()
+            && self.status.last_error().is_some_and(|(_, shown)| shown == fault)
+        {
+            self.status.clear_error();
+        }
         self.status.add(counts);
         self.meters.landed(landed.events, &counts);
         self.show_work();

@@ -289,6 +289,7 @@ async fn an_unavailable_destination_is_waited_for_as_long_as_it_asked() {
     running.until("all acknowledged", |seen, _| seen.acknowledged == 30).await;
     assert!(start.elapsed() >= away);
     assert_eq!(running.status.state(), ConnectorState::Running);
+    assert_eq!(running.status.last_error(), None, "what is over is not shown any more");
     running.script.seen(|seen| assert_eq!(seen.restarts, 1));
     running.signal.send_replace(Signal::Stop);
     running.ended().await.unwrap();
