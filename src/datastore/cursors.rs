@@ -107,10 +107,14 @@ pub async fn hold<C: GenericClient>(transaction: &C, connector: &str, hold: &Hol
 
 /// True where the held record `h` is older than the last push of its link: only a new look at the system tells.
 const STALE: &str = "EXISTS (SELECT FROM tidegate.links l WHERE l.system = h.system AND l.object = h.object \
-     AND l.external_id = h.external_id AND (l.pushed_seq > h.push_seq OR l.intent IS NOT NULL))";
+     AND l.external_id = h.external_id AND l.pushed_seq > h.push_seq)";
+/// True while something is being sent to the counterpart of the held record `h`: how that ends tells whether the
+/// record has become old, and a look at the system before is too early.
+const IN_FLIGHT: &str = "EXISTS (SELECT FROM tidegate.links l WHERE l.system = h.system AND l.object = h.object \
+     AND l.external_id = h.external_id AND l.intent IS NOT NULL)";
 
 /// Held records of `connector`, oldest first; with `due`, only those whose time has come and that may be tried as
-/// they are: no push has made them old.
+/// they are: no push has made them old, and none is under way.
 pub async fn held<C: GenericClient>(
     client: &C,
     connector: &str,
@@ -120,7 +124,7 @@ pub async fn held<C: GenericClient>(
     let select = client
         .prepare_cached(&format!(
             "SELECT system, object, external_id, record, reason, push_seq, cursor, attempts FROM tidegate.held h \
-             WHERE connector = $1 AND (NOT $2 OR (retry_at <= now() AND NOT {STALE})) \
+             WHERE connector = $1 AND (NOT $2 OR (retry_at <= now() AND NOT {STALE} AND NOT {IN_FLIGHT})) \
              ORDER BY held_at, external_id LIMIT $3"
         ))
         .await?;

@@ -33,7 +33,7 @@ pub use links::{
 pub use migrations::{Missing, setup_sql};
 pub use origin::tag;
 pub use pages::{
-    Access, ColumnFacts, PageLinks, PageRows, columns_of, id_text, insert_row, links_of_page, open_creates,
+    Access, ColumnFacts, PageLinks, PageRows, columns_of, id_text, insert_row, links_of_page, open_create,
     rows_of_page, rows_that_match, update_row,
 };
 pub use parked::{

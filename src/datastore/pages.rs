@@ -69,15 +69,20 @@ pub async fn links_of_page<C: GenericClient>(
     Ok(PageLinks { links, busy })
 }
 
-/// True while a create of this object is under way, or uncertain: a record without a link may be what it made.
-pub async fn open_creates<C: GenericClient>(client: &C, system: &str, object: &str) -> Result<bool, DatastoreError> {
+/// The key of the row whose create of this object has been under way, or uncertain, for longest: a record without a
+/// link may be what it made. `None`: there is no such create.
+pub async fn open_create<C: GenericClient>(
+    client: &C,
+    system: &str,
+    object: &str,
+) -> Result<Option<Value>, DatastoreError> {
     let select = client
         .prepare_cached(
-            "SELECT EXISTS (SELECT FROM tidegate.links WHERE system = $1 AND object = $2 AND external_id IS NULL \
-             AND intent IS NOT NULL)",
+            "SELECT local_key FROM tidegate.links WHERE system = $1 AND object = $2 AND external_id IS NULL \
+             AND intent IS NOT NULL ORDER BY (intent ->> 'started_ms')::bigint, local_key LIMIT 1",
         )
         .await?;
-    Ok(client.query_one(&select, &[&system, &object]).await?.get(0))
+    Ok(client.query_opt(&select, &[&system, &object]).await?.map(|row| row.get(0)))
 }
 
 /// Rows by key.

@@ -227,10 +227,7 @@ impl Stream {
             self.quick = if last.elapsed() < QUICK { self.quick + 1 } else { 0 };
             if self.quick > 8 {
                 sleep(Duration::from_millis(1)).await;
-                // Only what is there already: what was received is handed on in any case.
-                if let Ok(read) = timeout(Duration::ZERO, self.session.read_more()).await {
-                    read?;
-                }
+                self.session.read_more().await?;
             }
             let scan = self.scan()?;
             if scan.end > 0 {

@@ -28,6 +28,7 @@ use self::paginator::{Next, Paginator, Position};
 use self::schedule::Schedule;
 use crate::config::{ConfigError, Section, Spanned};
 use crate::datastore::{self, Datastore, load_cursor, push_seq_now, stale_cursors};
+use crate::log::ConsumedRecord;
 use crate::mapping::{Compiler, MapError, Program, Scope};
 use crate::pipeline::{Batch, Fault, Lag, Source, Status};
 use crate::systems::{Answer, BreakerState, HttpRequest, HttpResponse, RequestTemplate, System};
@@ -104,6 +105,10 @@ pub struct PageRecord {
     pub push_seq: i64,
     /// The record's own cursor; null without one.
     pub cursor: Value,
+    /// Why it can't be applied: its cursor is none.
+    pub bad: Option<String>,
+    /// The dead letter that it is replayed from: its key, and how it is parked.
+    pub letter: Option<Box<(Value, ConsumedRecord)>>,
 }
 
 /// The pull's state after a page.
@@ -202,7 +207,7 @@ impl HttpSource {
         let Some(response) = &fetched.response else {
             return Ok(Page { records: Vec::new(), save: None, bytes: 0 });
         };
-        let records = self.records(response, fetched.push_seq)?;
+        let records = self.records(response, fetched.push_seq, &run.high)?;
         Ok(Page { records, save: None, bytes: 0 })
     }
 
@@ -258,7 +263,9 @@ impl HttpSource {
         })
     }
 
-    fn records(&self, response: &HttpResponse, push_seq: i64) -> Result<Vec<PageRecord>, Fault> {
+    /// `reached`: the furthest cursor so far. A record whose cursor can't be taken for one is its own fault, but a page
+    /// of nothing else is the settings'.
+    fn records(&self, response: &HttpResponse, push_seq: i64, reached: &Value) -> Result<Vec<PageRecord>, Fault> {
         let wrong = |error: MapError| Fault::stop(format!("`records: {}`: {error}", self.settings.records.text()));
         let found = self.settings.records.run(&response.body, &Scope::default()).map_err(wrong)?;
         let found = match <[Value; 1]>::try_from(found) {
@@ -276,12 +283,22 @@ impl HttpSource {
         };
         let page_record = |record: Value| {
             let cursor = match &self.settings.incremental {
-                Some(incremental) => incremental.of(&record).map_err(Fault::stop)?.0,
-                None => Value::Null,
+                Some(incremental) => incremental.of(&record, reached).map(|(cursor, _)| cursor),
+                None => Ok(Value::Null),
             };
-            Ok(PageRecord { record, push_seq, cursor })
+            let (cursor, bad) = match cursor {
+                Ok(cursor) => (cursor, None),
+                Err(reason) => (Value::Null, Some(reason)),
+            };
+            PageRecord { record, push_seq, cursor, bad, letter: None }
         };
-        found.into_iter().map(page_record).collect()
+        let records: Vec<_> = found.into_iter().map(page_record).collect();
+        match records.first().and_then(|record| record.bad.as_deref()) {
+            Some(reason) if records.len() > 1 && records.iter().all(|record| record.bad.is_some()) => {
+                Err(Fault::stop(format!("no record of the page has a cursor: {reason}; hint: look at `incremental`")))
+            }
+            _ => Ok(records),
+        }
     }
 
     /// The batch of a page, with the state that follows it.
@@ -291,15 +308,15 @@ impl HttpSource {
             return Err(Fault::retry("a page without a run"));
         };
         let records = match &fetched.response {
-            Some(response) => self.records(response, fetched.push_seq)?,
+            Some(response) => self.records(response, fetched.push_seq, &run.high)?,
             None => Vec::new(),
         };
         let what = format!("page {} of {}", run.pages + 1, fetched.request.line());
         let before = run.high.clone();
         let tie_before = run.tie.clone();
         if let Some(incremental) = &self.settings.incremental {
-            for record in &records {
-                let (cursor, tie) = incremental.of(&record.record).map_err(Fault::stop)?;
+            for record in records.iter().filter(|record| record.bad.is_none()) {
+                let (cursor, tie) = incremental.of(&record.record, &before).map_err(Fault::stop)?;
                 let higher = order(&cursor, &run.high).then_with(|| order(&tie, &run.tie));
                 if higher.is_gt() {
                     (run.high, run.tie) = (cursor, tie);
@@ -387,23 +404,37 @@ impl HttpSource {
         let mut records: Vec<PageRecord> = datastore::held(&client, &self.connector, true, HELD_BATCH)
             .await?
             .into_iter()
-            .map(|held| PageRecord { record: held.record, push_seq: held.push_seq, cursor: held.cursor })
+            .map(|held| PageRecord {
+                record: held.record,
+                push_seq: held.push_seq,
+                cursor: held.cursor,
+                bad: None,
+                letter: None,
+            })
             .collect();
         for parked in datastore::parked_ready(&client, &self.connector, HELD_BATCH).await? {
             let key = parked.summary.key.clone();
             let record = parked.record.value.as_deref().and_then(|value| serde_json::from_slice::<Value>(value).ok());
             match (parked.summary.command, record) {
                 (Some(datastore::Command::Replay), Some(record)) => {
-                    let cursor = match &self.settings.incremental {
-                        Some(incremental) => incremental.of(&record).map_or(Value::Null, |(cursor, _)| cursor),
-                        None => Value::Null,
+                    let of = self.settings.incremental.as_ref().map(|known| known.of(&record, &Value::Null));
+                    let (cursor, bad) = match of {
+                        Some(Ok((cursor, _))) => (cursor, None),
+                        Some(Err(reason)) => (Value::Null, Some(reason)),
+                        None => (Value::Null, None),
                     };
-                    records.push(PageRecord { record, push_seq: push_seq_now(&client).await?, cursor });
+                    // When it was fetched is not known: older than every push, so that a row pushed at any time is
+                    // listed again rather than overwritten (CORRECTNESS 20).
+                    let letter = Some(Box::new((key, parked.record)));
+                    records.push(PageRecord { record, push_seq: 0, cursor, bad, letter });
                 }
                 _ => datastore::unpark(&client, &self.connector, &key, &parked.record).await?,
             }
         }
         self.status.set_fact("held", datastore::held_count(&client, &self.connector).await?);
+        let creating = datastore::open_create(&client, self.settings.system.name(), &self.settings.object).await?;
+        let held_by = creating.map(|key| format!("held by an open create of row {key}"));
+        self.status.set_fact("held_by", json!(held_by));
         self.looked_at = Some(tokio::time::Instant::now());
         if records.is_empty() {
             return Ok(None);

@@ -16,11 +16,7 @@ const LAYERS: [&[&str]; 8] = [
 ];
 
 /// Neighbours in one layer that may know each other, in this direction only.
-const NEIGHBOURS: &[(&str, &str)] = &[
-    ("registry", "log"),  // an event is decoded from a record of the log
-    ("sinks", "sources"), // a sink takes the batches that its source yields
-    ("cli", "rest"),      // `run` serves HTTP, the other commands ask it
-];
+const NEIGHBOURS: &[(&str, &str)] = &[];
 
 const NAMELESS: [&str; 6] = ["utils", "util", "common", "helpers", "types", "misc"];
 

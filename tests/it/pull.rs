@@ -3,9 +3,12 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use tidegate::datastore::stale_cursors;
 use tidegate::pipeline::{ConnectorState, ResetTo};
+use tidegate::systems::BreakerState;
 use tokio_postgres::Client;
 
+use crate::support::capture::World;
 use crate::support::{Api, Database, Fault, Postgres, Proxy, Script, Stage, Tryton, Version, eventually};
 
 const PARTS: &str = "CREATE TABLE parts (
@@ -306,6 +309,110 @@ async fn a_page_older_than_a_delivery_is_held_and_listed_again() {
 }
 
 #[tokio::test]
+async fn a_replayed_dead_letter_does_not_overwrite_a_row_delivered_since() {
+    let (database, client) = world("replayed").await;
+    let api = Api::start(parts(1)).await;
+    let stage = stage(&database, &api).await;
+    let yaml = pull("/all", "conflict: upstream").replace("150ms", "1h");
+    stage.run_once(&yaml).await;
+    let mut bad = parts(1);
+    bad[0]["price"] = json!("many");
+    api.set(bad);
+    let running = stage.start(&yaml);
+    becomes(&client, "SELECT count(*)::text FROM tidegate.parked", "1").await;
+    let mut new = parts(1);
+    new[0]["name"] = json!("after the delivery");
+    api.set(new);
+    client
+        .batch_execute(
+            "UPDATE parts SET name = 'delivered'; UPDATE tidegate.links SET pushed_seq = nextval('tidegate.push_seq'), \
+             base_doc = jsonb_set(base_doc::jsonb, '{after,name}', '\"delivered\"')::json;
+             UPDATE tidegate.parked SET command = 'replay', \
+             record_value = convert_to('{\"id\": 1, \"sku\": \"S1\", \"name\": \"old letter\", \"price\": \"1.00\"}', 'UTF8')",
+        )
+        .await
+        .unwrap();
+    // The letter is as old as can be: it is listed again, though the next run is an hour away.
+    becomes(&client, "SELECT name FROM parts", "after the delivery").await;
+    becomes(&client, "SELECT count(*)::text FROM tidegate.parked", "0").await;
+    becomes(&client, "SELECT count(*)::text FROM tidegate.held", "0").await;
+    running.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn only_a_push_that_is_done_asks_for_a_new_listing() {
+    let (database, client) = world("due").await;
+    let api = Api::start(parts(1)).await;
+    let stage = stage(&database, &api).await;
+    stage.run_once(&pull("/all", "")).await;
+    client
+        .batch_execute(
+            "UPDATE tidegate.links SET intent = '{\"id\":\"i\",\"operation\":\"update\",\"request\":\"PUT /\",\"idempotency_key\":\"k\",\"owner\":\"o\",\"started_ms\":0,\"document\":{}}';
+             INSERT INTO tidegate.held (connector, system, object, external_id, record, reason, push_seq, cursor, retry_at) \
+                 VALUES ('parts', 'api', 'part', '1', '{}', 'in flight', 0, 'null', now())",
+        )
+        .await
+        .unwrap();
+    let held = stage.datastore.client().await.unwrap();
+    assert!(stale_cursors(&held, "parts").await.unwrap().is_empty(), "the push is under way");
+    client.batch_execute("UPDATE tidegate.links SET intent = NULL, pushed_seq = 1").await.unwrap();
+    assert_eq!(stale_cursors(&held, "parts").await.unwrap().len(), 1, "the push is done");
+}
+
+#[tokio::test]
+async fn a_record_without_an_id_or_a_cursor_stops_only_itself() {
+    let (database, client) = world("lone").await;
+    let mut records = parts(4);
+    records[1].as_object_mut().unwrap().remove("id");
+    records[2]["at"] = json!("zzz");
+    records[3]["at"] = json!({"no": "time"});
+    let api = Api::start(records).await;
+    let stage = stage(&database, &api).await;
+    let yaml = pull("/all", "incremental: { cursor: .at, initial: '2025-01-01T00:00:00Z', lookback: 5m }");
+    let running = stage.start(&yaml);
+    becomes(&client, "SELECT string_agg(sku, ' ') FROM parts", "S1").await;
+    becomes(&client, "SELECT count(*)::text FROM tidegate.parked", "3").await;
+    assert_eq!(count(&client, "tidegate.parked WHERE key ? 'record' AND reason LIKE '%no id%'").await, 1);
+    assert_eq!(
+        count(&client, "tidegate.parked WHERE reason LIKE '%incremental.cursor%' OR reason LIKE '%lookback%'").await,
+        2
+    );
+    assert!(text(&client, "SELECT cursor ->> 'cursor' FROM tidegate.cursors").await.starts_with("2026-01-01T00:00:02"));
+    running.stop().await.unwrap();
+
+    // Where no record has one, it is the setting.
+    let fault = stage.start(&(pull("/all", "id: .nothing").replace("name: parts", "name: none"))).fails().await;
+    assert!(fault.contains("id: .nothing"), "{fault}");
+}
+
+#[tokio::test]
+async fn an_answer_over_the_limit_says_so_and_leaves_the_breaker_closed() {
+    let (database, _client) = world("long").await;
+    let api = Api::start(parts(50)).await;
+    let settings = format!("base_url: {}\nbreaker: {{ failures: 1, open: 200ms }}\nresponse.limit: 1kb", api.url());
+    let stage = Stage::new(&database, &[("api", &settings)]).await;
+    let fault = stage.start(&pull("/all", "")).fails().await;
+    assert!(fault.contains("longer than 1kb") && fault.contains("response.limit"), "{fault}");
+    assert_eq!(stage.systems["api"].breaker(), BreakerState::Closed);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_pull_writes_is_captured_with_its_system_as_origin() {
+    let (database, client) = world("pull_origin").await;
+    let api = Api::start(parts(2)).await;
+    let stage = stage(&database, &api).await;
+    let world = World::new(&database, &[r"public\.parts"]);
+    let capture = world.start().await;
+    capture.streaming().await;
+    stage.run_once(&pull("/all", "")).await;
+    client.batch_execute("UPDATE parts SET note = 'by hand' WHERE sku = 'S1'").await.unwrap();
+    let changes = world.wait_for_changes("shop.public.parts", 3).await;
+    let origins: Vec<_> = changes.iter().map(|change| change.origin.as_deref()).collect();
+    assert_eq!(origins, [Some("api"), Some("api"), None]);
+    capture.stop().await.unwrap();
+}
+
+#[tokio::test]
 async fn records_without_a_link_wait_while_a_create_is_under_way() {
     let (database, client) = world("creating").await;
     let api = Api::start(parts(1)).await;
@@ -319,7 +426,8 @@ async fn records_without_a_link_wait_while_a_create_is_under_way() {
         .await
         .unwrap();
     let running = stage.start(&pull("/all", ""));
-    becomes(&client, "SELECT reason FROM tidegate.held", "it may be what a create under way has made").await;
+    becomes(&client, "SELECT reason FROM tidegate.held", "it may be what the open create of row {\"id\":1} has made")
+        .await;
     assert_eq!(count(&client, "parts").await, 1);
     // It was: the create's answer came.
     client

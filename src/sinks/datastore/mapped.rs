@@ -4,22 +4,27 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Map, Value};
 
+use super::writing::stand_in;
 use super::{Inside, Table};
 use crate::datastore::{
     Access, Client, DatastoreError, DatastoreErrorKind, LinkKey, find_link, id_text, link_by_external, links_of_page,
     normalize_row,
 };
+use crate::log::ConsumedRecord;
 use crate::mapping::{Links, MapError, Program, Scope, Wanted};
 use crate::pipeline::Fault;
 use crate::sources::http::{Page, PageRecord};
 
 /// A record of a page, mapped.
 pub struct Mapped {
+    /// An object (`{"record": hash}`) where the record has none: then it is parked.
     pub id: Value,
     pub record: Value,
     /// The push sequence noted before it was fetched.
     pub push_seq: i64,
     pub cursor: Value,
+    /// The dead letter that it is replayed from.
+    pub letter: Option<Box<(Value, ConsumedRecord)>>,
     pub means: Means,
     /// What the record last seen means, where there was one.
     pub before: Option<Map<String, Value>>,
@@ -41,23 +46,46 @@ const ROUNDS: usize = 16;
 impl Inside {
     /// Every record of the page once: of two with the same id the later one counts.
     pub(super) async fn map(&self, client: &Client, page: &Page, table: &Table) -> Result<Vec<Mapped>, Fault> {
-        let mut records: Vec<(Value, &PageRecord)> = Vec::new();
+        let mut records: Vec<(Value, &PageRecord, Option<String>)> = Vec::new();
+        let mut without = 0;
         for record in &page.records {
-            let id = match self.settings.id.first(&record.record, &Scope::default()) {
-                Ok(id @ (Value::String(_) | Value::Number(_))) => id,
-                Ok(other) => return Err(self.no_id(record, &format!("it gives {other}"))),
-                Err(error) => return Err(self.no_id(record, &error.to_string())),
+            let (id, bad) = match self.settings.id.first(&record.record, &Scope::default()) {
+                Ok(id @ (Value::String(_) | Value::Number(_))) => (id, record.bad.clone()),
+                Ok(other) => (stand_in(&record.record), Some(self.no_id(record, &format!("it gives {other}")))),
+                Err(error) => (stand_in(&record.record), Some(self.no_id(record, &error.to_string()))),
             };
-            records.retain(|(known, _)| *known != id);
-            records.push((id, record));
+            // One record is its own fault; a whole page without ids is the settings'.
+            without += usize::from(id.is_object());
+            if let Some(reason) = &bad
+                && page.save.is_some()
+                && without > 1
+                && without == page.records.len()
+            {
+                return Err(Fault::stop(reason.clone()));
+            }
+            records.retain(|(known, ..)| *known != id);
+            records.push((id, record, bad));
         }
-        let ids: Vec<String> = records.iter().map(|(id, _)| id_text(id)).collect();
+        let ids: Vec<String> = records.iter().map(|(id, ..)| id_text(id)).collect();
         let links = links_of_page(client, &self.system, &self.object, &ids, Access::Look).await?.links;
         let mut links: BTreeMap<String, _> =
             links.into_iter().filter_map(|link| Some((id_text(link.external.as_ref()?), link))).collect();
         let mut answers = Links::default();
         let mut mapped = Vec::with_capacity(records.len());
-        for (id, record) in records {
+        for (id, record, bad) in records {
+            if let Some(reason) = bad {
+                mapped.push(Mapped {
+                    id,
+                    record: record.record.clone(),
+                    push_seq: record.push_seq,
+                    cursor: record.cursor.clone(),
+                    letter: record.letter.clone(),
+                    means: Means::Bad(reason),
+                    before: None,
+                    kept: Map::new(),
+                });
+                continue;
+            }
             let link = links.remove(&id_text(&id));
             let shown = link.as_ref().and_then(|link| link.shown());
             let means = self.means(client, table, &record.record, shown.as_ref(), &mut answers).await?;
@@ -91,6 +119,7 @@ impl Inside {
                 record: record.record.clone(),
                 push_seq: record.push_seq,
                 cursor: record.cursor.clone(),
+                letter: record.letter.clone(),
                 means,
                 before,
                 kept,
@@ -99,9 +128,9 @@ impl Inside {
         Ok(mapped)
     }
 
-    fn no_id(&self, record: &PageRecord, why: &str) -> Fault {
+    fn no_id(&self, record: &PageRecord, why: &str) -> String {
         let text: String = record.record.to_string().chars().take(300).collect();
-        Fault::stop(format!("`id: {}` gives no id for the record {text}: {why}", self.settings.id.text()))
+        format!("`id: {}` gives no id for the record {text}: {why}", self.settings.id.text())
     }
 
     /// The columns a record means, in the table's own form.

@@ -11,7 +11,7 @@ use super::outcome::{Decided, Done, Verdict};
 use super::{Inside, Stopped, Table};
 use crate::datastore::{
     Access, DatastoreError, DatastoreErrorKind, Hold, Link, LinkKey, NewParked, ParkedKind, Transaction, drop_held,
-    hold, id_text, insert_row, links_of_page, open_creates, park, rows_of_page, rows_that_match, save_link, unpark,
+    hold, id_text, insert_row, links_of_page, open_create, park, rows_of_page, rows_that_match, save_link, unpark,
     update_row,
 };
 use crate::event::Offset;
@@ -37,8 +37,8 @@ struct Look<'a> {
     table: &'a Table,
     /// External ids, as text, whose link another transaction has locked.
     busy: Vec<String>,
-    /// A create of this object is under way.
-    creating: bool,
+    /// The row whose create of this object is under way.
+    creating: Option<Value>,
     access: Access,
 }
 
@@ -55,7 +55,7 @@ impl Inside {
         let page_links = links_of_page(transaction, &self.system, &self.object, &ids, access).await?;
         let mut links: BTreeMap<String, Link> =
             page_links.links.into_iter().filter_map(|link| Some((id_text(link.external.as_ref()?), link))).collect();
-        let creating = open_creates(transaction, &self.system, &self.object).await?;
+        let creating = open_create(transaction, &self.system, &self.object).await?;
         let look = Look { table, busy: page_links.busy, creating, access };
         let mut found = Vec::with_capacity(mapped.len());
         for mapped in &mapped {
@@ -140,8 +140,8 @@ impl Inside {
                 key => reject(format!("the key {key} of its link is no object")),
             };
         }
-        if look.creating {
-            return hold("it may be what a create under way has made");
+        if let Some(key) = &look.creating {
+            return hold(&format!("it may be what the open create of row {key} has made"));
         }
         if let Some(key) = own_key {
             return Ok(Found::Row(Target { key, link: None, paired: true }));
@@ -244,6 +244,9 @@ impl Inside {
                     retry_s: self.settings.held_retry.as_secs_f64(),
                 };
                 hold(transaction, &self.connector, &held).await?;
+                // A dead letter that is replayed waits as a held record from now on.
+                unpark(transaction, &self.connector, &parked_key(&mapped.id), &self.letter(&mapped)).await?;
+                self.replayed(transaction, &mapped).await?;
                 Ok(Done::Held)
             }
             Verdict::Reject(why) => self.park(transaction, &mapped, why, None).await,
@@ -364,6 +367,14 @@ impl Inside {
     async fn settled(&self, transaction: &Transaction<'_>, mapped: &Mapped) -> Result<(), Stopped> {
         drop_held(transaction, &self.connector, &self.object, &mapped.id).await?;
         unpark(transaction, &self.connector, &parked_key(&mapped.id), &self.letter(mapped)).await?;
+        self.replayed(transaction, mapped).await
+    }
+
+    /// The dead letter that the record came from is over; one under another key than the record has by now, too.
+    async fn replayed(&self, transaction: &Transaction<'_>, mapped: &Mapped) -> Result<(), Stopped> {
+        if let Some(letter) = &mapped.letter {
+            unpark(transaction, &self.connector, &letter.0, &letter.1).await?;
+        }
         Ok(())
     }
 
@@ -402,6 +413,7 @@ impl Inside {
             response: None,
             deadline_s: None,
         };
+        self.replayed(transaction, mapped).await?;
         park(transaction, &self.connector, &parked_key(&mapped.id), &self.letter(mapped), &parked).await?;
         drop_held(transaction, &self.connector, &self.object, &mapped.id).await?;
         Ok(Done::Parked)
@@ -428,8 +440,14 @@ fn flips(link: Option<&Link>) -> i32 {
     link.map_or(1, |link| next_flips(link.flips, Direction::Pull, link.quiet_s))
 }
 
+/// `{"id": …}`, or what stands for the id of a record that has none.
 pub fn parked_key(id: &Value) -> Value {
-    json!({ "id": id })
+    if id.is_object() { id.clone() } else { json!({ "id": id }) }
+}
+
+/// What stands for the id of a record that has none.
+pub(super) fn stand_in(record: &Value) -> Value {
+    json!({ "record": format!("{:016x}", letter_offset(&record.to_string())) })
 }
 
 /// 63 bits of FNV-1a: the same for the same id, wherever and whenever.

@@ -47,12 +47,21 @@ impl Incremental {
         })
     }
 
-    /// The cursor and tie breaker of a record; null for one that has none, which is then read by every run.
-    pub fn of(&self, record: &Value) -> Result<(Value, Value), String> {
+    /// The cursor and tie breaker of a record; null for one that has none, which is then read by every run. A value
+    /// that no run could go on from is an error, and so is one that is no time where the cursor `reached` is one: it
+    /// would stand above all times.
+    pub fn of(&self, record: &Value, reached: &Value) -> Result<(Value, Value), String> {
         let cursor = self.cursor.first(record, &Scope::default());
         let cursor = cursor.map_err(|error| format!("`incremental.cursor`: {error}"))?;
         if !matches!(cursor, Value::Null | Value::String(_) | Value::Number(_)) {
             return Err(format!("`incremental.cursor` must give a text or a number, but gives {cursor}"));
+        }
+        self.back(&cursor)?;
+        let is_time = |cursor: &Value| {
+            moment(cursor).is_some() || cursor.as_str().is_some_and(|text| text.parse::<NaiveDate>().is_ok())
+        };
+        if !cursor.is_null() && moment(reached).is_some() && !is_time(&cursor) {
+            return Err(format!("`incremental.cursor` gives {cursor}, which is no time, as {reached} is"));
         }
         let tie = match &self.tie_breaker {
             Some(tie) => tie.first(record, &Scope::default()).map_err(|error| format!("`tie_breaker`: {error}"))?,
