@@ -33,6 +33,8 @@ pub struct Timeouts {
     /// From the first byte sent to the last one of the answer.
     pub request: Duration,
     pub probe: Duration,
+    /// How long a request waits for its turn in the budget.
+    pub turn: Duration,
 }
 
 impl SystemSettings {
@@ -62,6 +64,7 @@ impl SystemSettings {
             connect: section.or("timeouts.connect", Duration::from_secs(5))?,
             request: section.or("timeouts.request", Duration::from_secs(30))?,
             probe: section.or("timeouts.probe", Duration::from_secs(5))?,
+            turn: section.or("timeouts.turn", Duration::from_secs(60))?,
         };
         let probe = section.node("probe")?.map(|node| RequestTemplate::read(&node, &compiler)).transpose()?;
         let defaults = BreakerSettings::default();

@@ -25,8 +25,6 @@ use super::{Answer, HttpRequest, HttpResponse, SystemSettings, headers};
 use crate::config::{ConfigError, Place};
 use crate::mapping::{Compiler, Scope};
 
-/// The longest a request waits for its turn in the budget; beyond, the caller is told to come back.
-const LONGEST_TURN: Duration = Duration::from_secs(60);
 /// Hops of a redirect that are followed.
 const REDIRECTS: usize = 5;
 /// Pauses between probes grow up to so many times `breaker.open`.
@@ -98,6 +96,11 @@ impl System {
             myself: myself.clone(),
             settings,
         }))
+    }
+
+    /// How long a request takes at the most: its turn and its answer.
+    pub fn longest_request(&self) -> Duration {
+        self.settings.timeouts.turn + self.settings.timeouts.request
     }
 
     pub fn name(&self) -> &str {
@@ -451,7 +454,7 @@ impl System {
         let url = self.url(request).map_err(Lost::Unfit)?;
         let headers = self.headers(request, credentials).map_err(Lost::Unfit)?;
         let limit = request.timeout.unwrap_or(self.settings.timeouts.request);
-        let turn = self.budget.turn(LONGEST_TURN).await.map_err(Lost::NoTurn)?;
+        let turn = self.budget.turn(self.settings.timeouts.turn).await.map_err(Lost::NoTurn)?;
         if !matches!(request.purpose, "probe" | "login") {
             self.sent.fetch_add(1, Ordering::Relaxed);
         }

@@ -80,7 +80,7 @@ impl Resources {
     /// Parked records that need a person, by connector.
     pub async fn dead_letters(&self) -> Result<BTreeMap<String, u64>, DatastoreError> {
         let client = self.datastore.client().await?;
-        let counted = datastore::parked_counts(&client).await?;
+        let counted = datastore::parked_counts(&client, None).await?;
         let rejected = counted.into_iter().filter(|(_, kind, _)| *kind == ParkedKind::Rejected);
         Ok(rejected.map(|(name, _, count)| (name, count.max(0) as u64)).collect())
     }

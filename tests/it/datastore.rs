@@ -149,7 +149,7 @@ async fn parked_records_keep_their_order_and_wake_when_the_link_is_there() {
     assert_eq!(command_parked(&client, "orders", None, Command::Replay).await.unwrap(), 1);
     assert_eq!(parked_ready(&client, "orders", 10).await.unwrap()[0].summary.command, Some(Command::Replay));
     assert_eq!(list_parked(&client, None, 10).await.unwrap()[0].attempts, 2);
-    assert_eq!(parked_counts(&client).await.unwrap(), vec![("orders".into(), ParkedKind::Rejected, 1)]);
+    assert_eq!(parked_counts(&client, Some("orders")).await.unwrap(), vec![("orders".into(), ParkedKind::Rejected, 1)]);
     assert!(show_parked(&client, "orders", "shop.public.customers", 0, 1).await.unwrap().is_some());
 }
 

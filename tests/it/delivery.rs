@@ -48,16 +48,19 @@ delete: POST /sale.sale/{{ $link.id }}/cancel
 
 /// The ERP behind a proxy.
 pub fn erp(tryton: &Tryton, proxy: &Proxy) -> Arc<System> {
-    system(
-        "erp",
-        &format!(
-            r#"
+    system("erp", &erp_file(tryton, proxy))
+}
+
+fn erp_file(tryton: &Tryton, proxy: &Proxy) -> String {
+    format!(
+        r#"
 base_url: {}/{}/rest/model
 auth: {{ type: bearer, token: "{}" }}
 headers: {{ X-Tryton-Context: "{{{{ {{company: 1}} | q }}}}" }}
 budget: {{ requests: 200, per: 1s, concurrency: 4 }}
 probe: GET /party.party?s=1
 timeouts.request: 4s
+timeouts.turn: 4s
 breaker.open: 500ms
 define: |
   def q: tojson | @base64;
@@ -65,10 +68,9 @@ define: |
 errors:
   - {{ status: 500, when: "$probe.ok", then: reject }}
 "#,
-            proxy.url(),
-            tryton.erp.name,
-            tryton.erp.key
-        ),
+        proxy.url(),
+        tryton.erp.name,
+        tryton.erp.key
     )
 }
 
@@ -280,6 +282,69 @@ async fn an_uncertain_create_that_nobody_can_look_up_is_parked_and_not_sent_twic
     let parked = eventually(LONG, "parked", async || shop.parked().await.pop()).await;
     assert!(parked.reason.contains("nobody knows whether it was applied"), "{}", parked.reason);
     assert_eq!(proxy.count("POST", "/party.party"), 1);
+    sink.stop().await;
+}
+
+#[tokio::test]
+async fn a_create_that_times_out_and_is_made_just_after_is_looked_up_only_then() {
+    let tryton = Tryton::start().await;
+    let proxy = behind_proxy(&tryton).await;
+    let erp = erp(&tryton, &proxy);
+    let shop = Shop::start("slow").await;
+    let sink = shop.sink("customers", &erp, &CUSTOMERS.replace("settle: 500ms", "settle: 3s"));
+    // Nothing comes of the first one but a time-out, after 4 s; the party is there a second later.
+    proxy.script(Script::on("POST", "/party.party", Fault::LoseAnswer { hold: Duration::from_secs(6) }).times(1));
+    let started = std::time::Instant::now();
+    shop.sql("INSERT INTO customers VALUES (1, 'Ann', 'Kai 3', 'Kiel', 1)").await;
+    settled(&shop, "customers").await;
+    assert!(started.elapsed() > Duration::from_secs(7), "asked {:?} after the start", started.elapsed());
+    assert_eq!((proxy.count("POST", "/party.party"), parties(&tryton).await.len()), (1, 1));
+    sink.stop().await;
+}
+
+#[tokio::test]
+async fn a_create_answered_500_is_looked_up_before_it_is_sent_again() {
+    let tryton = Tryton::start().await;
+    let proxy = behind_proxy(&tryton).await;
+    let settings_without_rules = erp_file(&tryton, &proxy).split("errors:").next().unwrap().to_owned();
+    let erp = system("erp", &settings_without_rules);
+    let shop = Shop::start("doubtful").await;
+    let sink = shop.sink("customers", &erp, &CUSTOMERS.replace("settle: 500ms", "settle: 3s"));
+    proxy.script(Script::on("POST", "/party.party", Fault::status(500)).times(1));
+    shop.sql("INSERT INTO customers VALUES (1, 'Ann', 'Kai 3', 'Kiel', 1)").await;
+    // The ERP was at it still: the party is there after the answer.
+    eventually(LONG, "answered with 500", async || proxy.count("POST", "/party.party") == 1).await;
+    tryton.erp.post("party.party", json!({"name": "Ann", "code": "C1"})).await;
+    settled(&shop, "customers").await;
+    assert!(shop.parked().await.is_empty(), "{:?}", shop.parked().await);
+    assert_eq!((proxy.count("POST", "/party.party"), parties(&tryton).await.len()), (1, 1));
+    // With nothing to look it up by, it is a person's to say.
+    let blind = "object: other\ntopics: shop.public.customers\nsettle: 100ms\nmap: '{name: .after.name}'\ninitial: create\ncreate: POST /party.party\n";
+    proxy.script(Script::on("POST", "/party.party", Fault::status(500)).times(1));
+    let other = shop.sink("blind", &erp, blind);
+    let parked = eventually(LONG, "parked", async || shop.parked().await.pop()).await;
+    assert!(parked.reason.contains("nobody knows whether it was applied"), "{}", parked.reason);
+    assert_eq!(proxy.count("POST", "/party.party"), 2);
+    other.stop().await;
+    sink.stop().await;
+}
+
+#[tokio::test]
+async fn rows_of_two_tables_do_not_share_an_object() {
+    let tryton = Tryton::start().await;
+    let proxy = behind_proxy(&tryton).await;
+    let erp = erp(&tryton, &proxy);
+    let shop = Shop::start("shared").await;
+    let sink = shop.sink("customers", &erp, CUSTOMERS);
+    shop.sql("INSERT INTO customers VALUES (1, 'Ann', 'Kai 3', 'Kiel', 1)").await;
+    settled(&shop, "customers").await;
+    let orders = "object: party\ntopics: shop.public.orders\nmap: '{name: .after.number}'\nupdate: \"PUT /party.party/{{ $link.id }}\"\n";
+    let other = shop.sink("orders", &erp, orders);
+    shop.sql("INSERT INTO orders VALUES (1, 'N-1', 1, now(), 'new')").await;
+    let parked = eventually(LONG, "parked", async || shop.parked().await.pop()).await;
+    assert!(parked.reason.contains("is linked to a row of public.customers"), "{}", parked.reason);
+    assert_eq!(proxy.count("PUT", ""), 0);
+    other.stop().await;
     sink.stop().await;
 }
 

@@ -31,6 +31,7 @@ async fn rows_and_parties_that_are_there_already_are_paired_and_none_is_doubled(
     // Told to, it makes those that are missing.
     let sink = shop.sink("creating", &erp, CUSTOMERS);
     settled(&shop, "creating").await;
+    assert!(shop.parked().await.is_empty(), "{:?}", shop.parked().await);
     let found = parties(&tryton).await;
     assert_eq!(found.len(), 15, "{found:?}");
     assert_eq!(shop.links("party").await.len(), 10);

@@ -1,6 +1,7 @@
 //! The way of one key's events: decide under the link's lock, send with an intent behind, write the outcome.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -23,7 +24,7 @@ use crate::datastore::{
     Client, Datastore, DatastoreErrorKind, GenericClient, Intent, Link, LinkKey, NewParked, ParkedKind, delete_link,
     lease_owner_alive, lock_link, next_push_seq, park, parked_places, rekey_link, save_lines, save_link, unpark,
 };
-use crate::event::Operation;
+use crate::event::{Change, Operation};
 use crate::log::ConsumedRecord;
 use crate::mapping::{Program, Scope, Wanted};
 use crate::pipeline::{ConnectorContext, Counts, Fault, FaultKind, Status};
@@ -47,6 +48,8 @@ pub struct Delivery {
     pub(super) shape: Shape,
     ownership: Ownership,
     dead_letters: DeadLetters,
+    /// When requests without a certain outcome came to their end, by intent; of those open only.
+    lost: Mutex<HashMap<String, Instant>>,
     status: Arc<Status>,
 }
 
@@ -60,6 +63,10 @@ pub(super) struct Attempt {
     pub tries: u32,
     /// The request for people of a step that had no answer and is sent again.
     pub sent_again: Option<String>,
+    /// What a create was answered that is neither a yes nor a no: a status of 500 or more.
+    pub doubtful: Option<Rejection>,
+    /// All its tries are used up: what `doubtful` says is the end of it, unless `match` finds the record.
+    pub given_up: bool,
     started: Option<Instant>,
 }
 
@@ -104,6 +111,7 @@ impl Delivery {
             shape: Shape::resolve(&settings, &context.datastore).await?,
             ownership: Ownership::take(&context.datastore, &context.name, alone).await?,
             dead_letters: DeadLetters::new(context.log.clone(), &context.name, &topic),
+            lost: Mutex::default(),
             status: context.status.clone(),
             settings,
         })
@@ -185,13 +193,17 @@ impl Delivery {
     async fn rekey(&self, work: &KeyWork) -> Result<(), Fault> {
         for event in &work.events {
             let change = &event.change;
+            if change.schema != work.table.schema || change.table != work.table.name {
+                // A line of the document: its key is not the root's.
+                continue;
+            }
             let (old, new) = match (&change.new_key, &change.old_key) {
                 (Some(new), _) if change.operation == Operation::Delete => (&change.key, new),
                 (_, Some(old)) => (old, &change.key),
                 _ => continue,
             };
             let mut tries = 0;
-            while !self.try_rekey(old, new).await? {
+            while !self.try_rekey(&work.table.to_string(), old, new).await? {
                 tries += 1;
                 if tries > 60 {
                     return Err(Fault::retry(format!(
@@ -205,11 +217,14 @@ impl Delivery {
     }
 
     /// False while a request for the link is under way.
-    async fn try_rekey(&self, old: &Value, new: &Value) -> Result<bool, Fault> {
+    async fn try_rekey(&self, table: &str, old: &Value, new: &Value) -> Result<bool, Fault> {
         let mut client = self.datastore.client().await?;
         let transaction = client.transaction().await.map_err(db)?;
         let key = self.link_key(old);
         let Some(link) = lock_link(&transaction, &key).await? else { return Ok(true) };
+        if link.table != table {
+            return Ok(true);
+        }
         if let Some(intent) = &link.intent
             && self.is_anothers(&transaction, intent).await?
         {
@@ -254,6 +269,15 @@ impl Delivery {
         let transaction = client.transaction().await.map_err(db)?;
         let key = self.link_key(&work.key);
         let link = lock_link(&transaction, &key).await?;
+        if let Some(link) = &link
+            && link.table != work.table.to_string()
+        {
+            return Ok(Next::rejected(Rejection::because(format!(
+                "key {} of object '{}' is linked to a row of {}, and this row is of {}; hint: rows of two tables can't \
+                 share an object: give one of the sinks another `object`",
+                work.key, settings.object, link.table, work.table
+            ))));
+        }
         if let Some(intent) = link.as_ref().and_then(|link| link.intent.clone()) {
             if self.is_anothers(&transaction, &intent).await? {
                 return Ok(Next::Again(BUSY));
@@ -494,13 +518,42 @@ impl Delivery {
                     let rejection = Rejection::because(reason).of(&job.request).answered(response.to_json());
                     return Ok(Next::rejected(rejection));
                 }
+                // The system may have made it and failed after: as with no answer, it is looked up before it is made
+                // again. The intent stays open for that.
+                Answer::Retry { after, response: Some(response), reason }
+                    if job.operation == Doing::Create(0) && response.status >= 500 =>
+                {
+                    let mut doubtful =
+                        Rejection::because(reason.as_str()).of(&job.request).answered(response.to_json());
+                    if self.settings.matching.is_none() && !self.settings.idempotent {
+                        self.close_intent(&key, &job.intent.id).await?;
+                        doubtful.reason += "; without `match` or an idempotency key nobody knows whether it was applied; \
+                                            hint: look in the system: drop this record if it is there, replay it if it \
+                                            is not";
+                        return Ok(Next::rejected(doubtful));
+                    }
+                    self.set_lost(&job.intent.id);
+                    attempt.looked_up = false;
+                    attempt.doubtful = Some(doubtful);
+                    return match self.again(attempt, after, Some(response), reason, &job.request)? {
+                        // Once more asked, then a dead letter.
+                        Next::Done(_) => {
+                            attempt.given_up = true;
+                            Ok(Next::Again(Duration::ZERO))
+                        }
+                        again => Ok(again),
+                    };
+                }
                 Answer::Retry { after, response, reason } => {
                     self.close_intent(&key, &job.intent.id).await?;
+                    attempt.looked_up = false;
                     attempt.idempotency_key = Some(job.intent.idempotency_key.clone());
                     return self.again(attempt, after, response, reason, &job.request);
                 }
                 Answer::Unavailable { after, reason, maybe_applied } => {
-                    if !maybe_applied {
+                    if maybe_applied {
+                        self.set_lost(&job.intent.id);
+                    } else {
                         self.close_intent(&key, &job.intent.id).await?;
                     }
                     return Err(Fault::unavailable(reason, after));
@@ -508,6 +561,8 @@ impl Delivery {
                 Answer::Uncertain { reason } => {
                     // The intent stays open; the next step finds and resolves it.
                     attempt.tries += 1;
+                    self.set_lost(&job.intent.id);
+                    attempt.looked_up = false;
                     tracing::warn!(connector = self.connector, key = %work.key, "{reason}; what became of it is looked up");
                     if attempt.tries > self.settings.retries {
                         return Err(Fault::unavailable(reason, None));
@@ -516,6 +571,20 @@ impl Delivery {
                 }
             }
         }
+    }
+
+    /// The intent's request has come to its end, and nobody knows to which.
+    fn set_lost(&self, intent: &str) {
+        let longest = self.settings.system.longest_request() + self.settings.settle;
+        let mut lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
+        // Older ones count as those of a worker that is gone, and have waited long enough as such.
+        lost.retain(|_, at| at.elapsed() < longest);
+        lost.insert(intent.to_owned(), Instant::now());
+    }
+
+    /// How long ago the intent's request ended; `None` for one of a worker that is gone.
+    pub(super) fn lost_for(&self, intent: &str) -> Option<Duration> {
+        self.lost.lock().unwrap_or_else(PoisonError::into_inner).get(intent).map(Instant::elapsed)
     }
 
     /// Whether to try again, or to give the record up.
@@ -916,7 +985,10 @@ fn revive(link: &mut Link, was_deleted_there: bool) {
 /// The input of a delete's request: the key, and the row as it was last known.
 fn gone(work: &KeyWork, link: &Link) -> Value {
     let before = link.base_doc.as_ref().and_then(|base| base.get("after")).cloned().or_else(|| {
-        work.events.iter().rev().map(|event| &event.change.before).find(|before| before.is_object()).cloned()
+        // Not of a line of the document: that is another row.
+        let own = |change: &Change| change.schema == work.table.schema && change.table == work.table.name;
+        let changes = work.events.iter().rev().map(|event| &event.change);
+        changes.filter(|change| own(change)).map(|change| &change.before).find(|before| before.is_object()).cloned()
     });
     json!({ "key": work.key, "before": before, "after": null })
 }

@@ -131,10 +131,16 @@ impl Delivery {
 
     /// An intent is open whose request nobody will hear of any more: finds out what became of it.
     pub(super) async fn resolve(&self, key: &LinkKey, intent: Intent, attempt: &mut Attempt) -> Result<Next, Fault> {
-        let age = Duration::from_millis(
-            (chrono::Utc::now().timestamp_millis() - intent.started_ms).clamp(0, i64::MAX) as u64
-        );
-        if let Some(rest) = self.settings.settle.checked_sub(age) {
+        let rest = match self.lost_for(&intent.id) {
+            Some(ago) => self.settings.settle.checked_sub(ago),
+            // Of a worker that is gone: nobody knows when its request ended, only by when it must have.
+            None => {
+                let age = chrono::Utc::now().timestamp_millis() - intent.started_ms;
+                let age = Duration::from_millis(age.clamp(0, i64::MAX) as u64);
+                (self.settings.system.longest_request() + self.settings.settle).checked_sub(age)
+            }
+        };
+        if let Some(rest) = rest {
             // The system may still be at it.
             return Ok(Next::Again(rest.max(Duration::from_millis(10))));
         }
@@ -143,11 +149,17 @@ impl Delivery {
             return self.resolve_step(key, &intent, attempt).await;
         }
         if intent.operation != "create" {
-            return self.forget(key, &intent).await;
+            return self.forget(key, &intent, attempt).await;
         }
         if self.settings.matching.is_some() {
             return match self.look_up(&intent.document, attempt).await? {
                 Found::Nothing => {
+                    if attempt.given_up
+                        && let Some(doubtful) = attempt.doubtful.take()
+                    {
+                        self.close_intent(key, &intent.id).await?;
+                        return Ok(Next::rejected(doubtful));
+                    }
                     attempt.looked_up = true;
                     attempt.idempotency_key = Some(intent.idempotency_key.clone());
                     self.close_intent(key, &intent.id).await?;
@@ -167,6 +179,11 @@ impl Delivery {
             };
         }
         self.close_intent(key, &intent.id).await?;
+        if attempt.given_up
+            && let Some(doubtful) = attempt.doubtful.take()
+        {
+            return Ok(Next::rejected(doubtful));
+        }
         if self.settings.idempotent {
             attempt.idempotency_key = Some(intent.idempotency_key);
             return Ok(Next::Again(Duration::ZERO));
@@ -185,7 +202,7 @@ impl Delivery {
         let step = self.settings.create.get(link.steps_done(self.settings.create.len()));
         let Some(done) = step.and_then(|step| step.done.as_ref()) else {
             attempt.sent_again = Some(intent.request.clone());
-            return self.forget(key, intent).await;
+            return self.forget(key, intent, attempt).await;
         };
         let shown = link.shown();
         let mut answers = Answers::new(self.settings.system.name());
@@ -213,7 +230,7 @@ impl Delivery {
             Answer::Uncertain { reason } => return Err(Fault::retry(reason)),
         };
         match done.when.holds(&response.body, &response_scope(Some(&response))) {
-            Ok(false) => self.forget(key, intent).await,
+            Ok(false) => self.forget(key, intent, attempt).await,
             Ok(true) => self.step_is_done(key, intent).await,
             Err(error) => {
                 let rejection = Rejection::because(format!("`done`: {error}"));
@@ -240,7 +257,9 @@ impl Delivery {
     }
 
     /// An update, a step or a delete is decided and sent again; what an update reached is not known.
-    async fn forget(&self, key: &LinkKey, intent: &Intent) -> Result<Next, Fault> {
+    async fn forget(&self, key: &LinkKey, intent: &Intent, attempt: &mut Attempt) -> Result<Next, Fault> {
+        // It may have been applied: sent again, it must be known as the same.
+        attempt.idempotency_key = Some(intent.idempotency_key.clone());
         let mut client = self.datastore.client().await?;
         let transaction = client.transaction().await.map_err(db)?;
         if let Some(mut link) = self.lock_own(&transaction, key, &intent.id).await? {

@@ -125,6 +125,8 @@ impl Delivery {
                         // A record that could not be read before has another key now.
                         let found = keys.iter().find(|(_, own)| own == key).or(keys.first()).cloned();
                         match found {
+                            // Another table's row of the same key: its turn comes when those before it are gone.
+                            Some((table, _)) if own.as_ref().is_some_and(|(own, _)| *own != table) => break,
                             Some(found) => {
                                 own.get_or_insert(found);
                                 events.push(Event { record: parked.record, change });
