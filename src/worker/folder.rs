@@ -37,8 +37,11 @@ impl Folder {
     pub fn watch(path: &Path) -> io::Result<Self> {
         std::fs::read_dir(path)?;
         let (sender, events) = mpsc::channel(1);
-        let watcher = notify::recommended_watcher(move |_| {
-            let _ = sender.try_send(());
+        let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            // To look at the folder opens it, which is an event too: taking it for news would look for ever.
+            if !event.is_ok_and(|event| event.kind.is_access()) {
+                let _ = sender.try_send(());
+            }
         })
         .and_then(|mut watcher| watcher.watch(path, RecursiveMode::NonRecursive).map(|()| watcher));
         if let Err(error) = &watcher {
@@ -123,6 +126,19 @@ fn stamps(folder: &Path) -> io::Result<Stamps> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn looking_at_the_folder_is_no_news() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("a.yaml"), "one").unwrap();
+        let mut watch = Folder::watch(folder.path()).unwrap();
+        for _ in 0..3 {
+            watch.read().unwrap();
+            assert!(timeout(Duration::from_millis(200), watch.events.recv()).await.is_err());
+        }
+        std::fs::write(folder.path().join("b.yaml"), "two").unwrap();
+        timeout(Duration::from_secs(20), watch.events.recv()).await.unwrap();
+    }
 
     #[tokio::test]
     async fn a_burst_of_writes_is_one_change_and_a_replaced_file_is_never_gone() {
