@@ -439,30 +439,47 @@ impl Actor {
     fn rewind(&mut self) -> Result<(), LogError> {
         self.held.clear();
         let _ = self.gatherer.take();
-        if self.assigned.is_empty() {
-            return Ok(());
-        }
-        let mut list = self.standing(self.assigned.iter())?;
         let give_up = Instant::now() + ANSWER_WAIT;
         loop {
-            // Partitions that were assigned just now can't be moved for a moment.
-            match self.consumer.seek_partitions(list, ANSWER_WAIT) {
-                Ok(moved) => {
-                    let failed = moved.elements().iter().find_map(|element| element.error().err());
-                    match failed {
-                        None => break,
-                        Some(error) if Instant::now() > give_up => return Err(self.fault(&error)),
-                        Some(_) => {
-                            std::thread::sleep(Duration::from_millis(50));
-                            list = self.standing(self.assigned.iter())?;
-                        }
-                    }
+            // What the group changes comes only to who polls; what is read meanwhile is read again.
+            for _ in 0..1000 {
+                match self.consumer.poll(Duration::ZERO) {
+                    Some(Ok(_)) => {}
+                    Some(Err(error)) => tracing::debug!(group = self.group, "while rewinding: {error}"),
+                    None => break,
                 }
-                Err(error) => return Err(self.fault(&error)),
+            }
+            let staying = self.staying();
+            if staying.is_empty() {
+                break;
+            }
+            // Partitions that were assigned just now can't be moved for a moment.
+            let list = self.standing(staying.iter())?;
+            let moved = self.consumer.seek_partitions(list, ANSWER_WAIT).map_err(|e| self.fault(&e))?;
+            let failed = moved.elements().iter().find_map(|element| element.error().err());
+            match failed {
+                None => break,
+                Some(error) if Instant::now() > give_up => return Err(self.fault(&error)),
+                Some(_) => std::thread::sleep(Duration::from_millis(50)),
             }
         }
         self.out_of_range = None;
         Ok(())
+    }
+
+    /// What is assigned and not about to be revoked: what the group has taken can't be moved.
+    fn staying(&self) -> BTreeSet<TopicPartition> {
+        let mut staying = self.assigned.clone();
+        let mut leave = |places: &[TopicPartition]| staying.retain(|place| !places.contains(place));
+        if let Some(revoking) = &self.revoking {
+            leave(&revoking.places);
+        }
+        for change in &*lock(&self.consumer.context().changes) {
+            if let Change::Revoke(places) = change {
+                leave(places);
+            }
+        }
+        staying
     }
 
     /// Nobody asks: keeps the membership.
