@@ -339,7 +339,14 @@ impl Log for KafkaLog {
                 }
             }
         }
-        lock(&self.inside.known).insert(name);
+        // The broker that is asked next may not have heard of it for a moment.
+        let give_up = tokio::time::Instant::now() + ANSWER_WAIT;
+        while !self.inside.knows(&name).await? {
+            if tokio::time::Instant::now() > give_up {
+                return Err(LogError::Unavailable(format!("topic '{name}' was made and does not show")));
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
         Ok(())
     }
 

@@ -56,7 +56,11 @@ pub(super) async fn read(inside: &std::sync::Arc<Inside>, source: &str) -> Resul
                 Some(Err(KafkaError::PartitionEOF(partition))) => {
                     at_end.insert(partition);
                 }
-                Some(Err(error)) => return Err(fault(&error, &told)),
+                Some(Err(error)) => match fault(&error, &told) {
+                    // It was seen above: a topic made just now is not known to all of a broker at once.
+                    LogError::UnknownTopic(_) => std::thread::sleep(Duration::from_millis(50)),
+                    error => return Err(error),
+                },
             }
         }
         Ok(position)
