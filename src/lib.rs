@@ -2,7 +2,8 @@
 //!
 //! `ARCHITECTURE.md` has the map. Imports point one way, and a test holds them to it:
 //! `config`, `event` <- `postgres`, `avro`, `mapping` <- `log`, `registry` <- `datastore`, `systems`, `twoway`
-//! <- `pipeline` <- `sources`, `sinks` <- `worker` <- `rest`, `cli`.
+//! <- `pipeline` <- `sources`, `sinks` <- `worker` <- `rest`, `cli`. Of neighbours, `registry` knows `log`, `sinks`
+//! know `sources`, and `cli` knows `rest`.
 
 #![forbid(unsafe_code)]
 

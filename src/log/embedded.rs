@@ -335,6 +335,10 @@ impl Log for EmbeddedLog {
         }))
     }
 
+    async fn position(&self, source: &str) -> Result<Option<Vec<u8>>, LogError> {
+        position_of(&self.pool, source.into()).await
+    }
+
     async fn consumer(&self, group: &str, topics: &[String]) -> Result<Box<dyn LogConsumer>, LogError> {
         let commands = self.writing()?.commands.clone();
         let mut all = self.shared.groups.topics(group);
@@ -441,6 +445,15 @@ impl Log for EmbeddedLog {
     }
 }
 
+async fn position_of(pool: &ReadPool, source: Arc<str>) -> Result<Option<Vec<u8>>, LogError> {
+    pool.run(move |conn| {
+        conn.prepare_cached("SELECT position FROM positions WHERE source = ?1")
+            .and_then(|mut statement| statement.query_row([&*source], |row| row.get(0)).optional())
+            .map_err(reading)
+    })
+    .await
+}
+
 struct Writer {
     source: Arc<str>,
     generation: u64,
@@ -454,14 +467,7 @@ struct Writer {
 #[async_trait]
 impl LogWriter for Writer {
     async fn position(&mut self) -> Result<Option<Vec<u8>>, LogError> {
-        let source = self.source.clone();
-        self.pool
-            .run(move |conn| {
-                conn.prepare_cached("SELECT position FROM positions WHERE source = ?1")
-                    .and_then(|mut statement| statement.query_row([&*source], |row| row.get(0)).optional())
-                    .map_err(reading)
-            })
-            .await
+        position_of(&self.pool, self.source.clone()).await
     }
 
     async fn append(&mut self, batch: RecordBatch, position: Option<Vec<u8>>) -> Result<Ticket, LogError> {

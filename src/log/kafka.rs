@@ -388,6 +388,13 @@ impl Log for KafkaLog {
         writer::open(&self.inside, source).await
     }
 
+    async fn position(&self, source: &str) -> Result<Option<Vec<u8>>, LogError> {
+        match positions::read(&self.inside, source).await {
+            Err(LogError::UnknownTopic(_)) => Ok(None),
+            read => read,
+        }
+    }
+
     async fn consumer(&self, group: &str, topics: &[String]) -> Result<Box<dyn LogConsumer>, LogError> {
         self.inside.group(group, topics)?;
         consumer::join(self.inside.clone(), group, topics)

@@ -41,6 +41,10 @@ pub trait Log: Send + Sync + 'static {
     /// The one writer of `source`: a second one under the same name fences or is refused.
     async fn writer(&self, source: &str) -> Result<Box<dyn LogWriter>, LogError>;
 
+    /// The position last committed for `source`, as [`LogWriter::position`] has it, without taking the writer's place:
+    /// nothing is made or fenced. `None` where there is none yet.
+    async fn position(&self, source: &str) -> Result<Option<Vec<u8>>, LogError>;
+
     /// Joins `group` and reads what is assigned to it.
     async fn consumer(&self, group: &str, topics: &[String]) -> Result<Box<dyn LogConsumer>, LogError>;
 

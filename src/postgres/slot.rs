@@ -88,6 +88,12 @@ pub enum Loss {
     )]
     Ahead { slot: String, confirmed: Lsn, stored: Lsn },
     #[error(
+        "the server's WAL ends at {end}, before what the log has from it ({stored}): the server was set back (an older \
+         snapshot of its volume or a backup was restored). The log has changes that the server has not, and what is \
+         committed up to {stored} from now on would be passed over"
+    )]
+    Behind { end: Lsn, stored: Lsn },
+    #[error(
         "this is another PostgreSQL cluster (system identifier {found}, the log was written from {stored}): it was \
          restored, upgraded, or the address changed"
     )]
@@ -108,6 +114,8 @@ pub fn check(
             stored: stored.system_identifier.clone(),
         });
     }
+    // Before the slot: one that is gone or old is a consequence.
+    reaches(system, stored.commit_end)?;
     let slot_name = slot_name.to_owned();
     let Some(slot) = slot else { return Err(Loss::Missing { slot: slot_name, stored: stored.commit_end }) };
     if slot.wal_status == "lost" || slot.restart_lsn.is_none() {
@@ -119,4 +127,9 @@ pub fn check(
         }
         _ => Ok(()),
     }
+}
+
+/// Whether the server's WAL reaches as far as what was read from it.
+pub fn reaches(system: &SystemIdentity, read: Lsn) -> Result<(), Loss> {
+    if system.wal_end < read { Err(Loss::Behind { end: system.wal_end, stored: read }) } else { Ok(()) }
 }

@@ -33,6 +33,11 @@ fn decode(source: &str, bytes: &[u8]) -> Result<CapturePosition, Fault> {
     })
 }
 
+/// The position that the log has for `source`, read beside a worker that may be running.
+pub async fn stored_position(log: &Arc<dyn Log>, source: &str) -> Result<Option<CapturePosition>, Fault> {
+    log.position(source).await?.map(|bytes| decode(source, &bytes)).transpose()
+}
+
 impl LogDestination {
     /// Opens the writer and reads the position, which is then in [`LogDestination::stored`].
     pub async fn open(log: Arc<dyn Log>, source: &str) -> Result<Self, Fault> {

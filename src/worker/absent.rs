@@ -32,6 +32,10 @@ impl Log for AbsentLog {
         absent()
     }
 
+    async fn position(&self, _: &str) -> Result<Option<Vec<u8>>, LogError> {
+        Ok(None)
+    }
+
     async fn consumer(&self, _: &str, _: &[String]) -> Result<Box<dyn LogConsumer>, LogError> {
         absent()
     }

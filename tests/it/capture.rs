@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tidegate::event::{Lsn, Operation};
 use tidegate::pipeline::ConnectorState;
+use tidegate::sinks::log::LogDestination;
 use tidegate::sources::postgres::SnapshotMode;
 
 use crate::support::capture::World;
@@ -303,6 +304,55 @@ async fn a_slot_that_is_gone_or_ahead_is_noticed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_was_set_back_is_noticed() {
+    let server = Postgres::shared(Version::Distribution).await;
+    let database = server.database("back").await;
+    database.execute("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)").await;
+    let mut world = World::new(&database, &[r"public\.t"]);
+    let capture = world.start().await;
+    capture.streaming().await;
+    capture.stop().await.unwrap();
+    // The log has read further than the server now is.
+    let mut position = world.position().await.unwrap();
+    position.commit_end = Lsn(position.commit_end.0 + (1 << 40));
+    LogDestination::open(world.log.clone(), "capture").await.unwrap().store(&position).await.unwrap();
+    let client = database.connect().await;
+    client.batch_execute("INSERT INTO t VALUES (2)").await.unwrap();
+    let fault = world.start().await.ended().await.unwrap_err();
+    assert!(fault.message.contains("was set back") && fault.message.contains("when_needed"), "{fault}");
+
+    world.settings.snapshot = SnapshotMode::WhenNeeded;
+    let capture = world.start().await;
+    capture.streaming().await;
+    wait_for_equality(&world, &client, "t").await;
+    capture.stop().await.unwrap();
+    assert!(world.position().await.unwrap().epoch > position.epoch);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_right_behind_a_message_outside_its_transaction_is_not_passed_over() {
+    for version in Version::ALL {
+        let server = Postgres::own(version).await;
+        let database = server.database("message").await;
+        database.execute("CREATE TABLE t (id int PRIMARY KEY)").await;
+        let world = World::new(&database, &[r"public\.t"]);
+        let capture = world.start().await;
+        capture.streaming().await;
+        let client = database.connect().await;
+        for id in 0..40 {
+            let sql = format!(
+                "BEGIN; INSERT INTO t VALUES ({id}); SELECT pg_logical_emit_message(false, 'x', '{id}'); COMMIT"
+            );
+            client.batch_execute(&sql).await.unwrap();
+        }
+        wait_for_equality(&world, &client, "t").await;
+        let messages = world.wait_for_changes("shop.message", 40).await;
+        assert_eq!(messages.len(), 40, "each once");
+        capture.stop().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_slot_of_somebody_else_is_not_touched() {
     let server = Postgres::shared(Version::Distribution).await;
     let database = server.database("foreign").await;
@@ -525,6 +575,12 @@ async fn a_plan_names_what_is_missing_and_changes_nothing() {
     let capture = world.start().await;
     owner.batch_execute("INSERT INTO foreign_one VALUES (1)").await.unwrap();
     world.wait_for_changes("shop.public.foreign_one", 1).await;
+    // Beside a capture that runs: its slot is known for its own, and it keeps its writer.
+    let plan = world.plan().await;
+    assert!(plan.problems.is_empty(), "{:?}", plan.problems);
+    assert!(plan.steps.iter().any(|step| (step.action, step.what) == ("keep", "slot")));
+    owner.batch_execute("INSERT INTO foreign_one VALUES (2)").await.unwrap();
+    world.wait_for_changes("shop.public.foreign_one", 2).await;
     capture.stop().await.unwrap();
 }
 

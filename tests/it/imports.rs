@@ -16,7 +16,11 @@ const LAYERS: [&[&str]; 8] = [
 ];
 
 /// Neighbours in one layer that may know each other, in this direction only.
-const NEIGHBOURS: &[(&str, &str)] = &[];
+const NEIGHBOURS: &[(&str, &str)] = &[
+    ("registry", "log"),  // an event is decoded from a record of the log
+    ("sinks", "sources"), // a sink takes the batches that its source yields
+    ("cli", "rest"),      // `run` serves HTTP, the other commands ask it
+];
 
 const NAMELESS: [&str; 6] = ["utils", "util", "common", "helpers", "types", "misc"];
 

@@ -25,7 +25,7 @@ use crate::log::{Appended, LogError, TopicSpec, partitioner};
 /// Work that is committed together, at the most.
 const GROUP_BYTES: usize = 16 << 20;
 /// A blob is closed when it passes this; what a reader holds at a time.
-const CHUNK_BYTES: usize = 1 << 20;
+pub(super) const CHUNK_BYTES: usize = 1 << 20;
 /// Groups smaller than this may wait a moment for company.
 const SMALL_GROUP_BYTES: usize = 64 << 10;
 /// The WAL file is cut back when it has grown past this (readers kept it from starting over).
@@ -278,6 +278,10 @@ impl Committer {
         let mut result = self.conn.execute_batch("BEGIN IMMEDIATE");
         for command in group {
             if let Err(error) = &result {
+                // Batches of this source that are still queued must not be written behind a gap.
+                if let Command::Append(append) = &command {
+                    sources.push(append.source.clone());
+                }
                 refuse(command, &not_durable(error));
                 continue;
             }

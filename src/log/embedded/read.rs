@@ -16,7 +16,7 @@ use tokio::time::Instant;
 
 use super::catalog::Topic;
 use super::chunk::{Chunk, Corrupt};
-use super::commit::{Command, Shared, group_offset};
+use super::commit::{CHUNK_BYTES, Command, Shared, group_offset};
 use super::database::{ReadPool, reading};
 use super::groups::MemberId;
 use crate::event::{Offset, TopicPartition};
@@ -175,11 +175,13 @@ pub(super) fn resolve(conn: &Connection, topic: &Topic, partition: i32, start: S
 struct Cursors {
     list: Vec<Cursor>,
     turn: usize,
+    /// Where the next fetch begins: behind the last one that was fetched for.
+    fetch_turn: usize,
 }
 
 impl Cursors {
     fn new(list: Vec<Cursor>) -> Self {
-        Cursors { list, turn: 0 }
+        Cursors { list, turn: 0, fetch_turn: 0 }
     }
 
     fn hand_out(&mut self, limit: &PollLimit) -> Result<Vec<ConsumedRecord>, LogError> {
@@ -193,11 +195,15 @@ impl Cursors {
         Ok(out)
     }
 
-    /// Reads from disk for those that have nothing left to hand out and more on disk.
+    /// Reads from disk for those that have nothing left to hand out and more on disk. Each gives at least a chunk, so
+    /// that only as many are read as keep to the limit, in turn.
     async fn fetch(&mut self, pool: &ReadPool, limit: &PollLimit) -> Result<(), LogError> {
-        let behind =
-            self.list.iter().enumerate().filter(|(_, cursor)| cursor.next != cursor.topic.tail(cursor.partition));
-        let mut fetches: Vec<Fetch> = behind
+        let count = self.list.len();
+        let mut fetches: Vec<Fetch> = (0..count)
+            .map(|step| (self.fetch_turn % count + step) % count)
+            .map(|at| (at, &self.list[at]))
+            .filter(|(_, cursor)| cursor.chunks.is_empty() && cursor.next != cursor.topic.tail(cursor.partition))
+            .take((limit.bytes / CHUNK_BYTES).max(1))
             .map(|(at, cursor)| Fetch {
                 cursor: at,
                 topic: cursor.topic.clone(),
@@ -209,6 +215,7 @@ impl Cursors {
         if fetches.is_empty() {
             return Ok(());
         }
+        self.fetch_turn = fetches.last().map_or(0, |fetch| fetch.cursor + 1);
         let bytes = (limit.bytes / fetches.len()).max(1);
         let fetches = pool
             .run(move |conn| {

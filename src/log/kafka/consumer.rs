@@ -344,9 +344,7 @@ impl Actor {
                 Some(Change::Assign(places)) => self.to_assign = Some(places),
                 Some(Change::Revoke(places)) => {
                     let shown = places.iter().any(|place| self.assigned.contains(place));
-                    self.held.retain(|record| {
-                        !places.iter().any(|p| p.partition == record.partition && p.topic == record.topic)
-                    });
+                    self.let_go(&places);
                     self.revoking = Some(Revoking { places: places.clone(), told: Some(Instant::now()) });
                     if shown {
                         return Ok(Some(Polled::Revoked(places)));
@@ -391,11 +389,25 @@ impl Actor {
 
     fn finish_revoking(&mut self) -> Result<(), LogError> {
         let Some(revoking) = self.revoking.take() else { return Ok(()) };
-        let list = self.list(&revoking.places)?;
+        let done = self
+            .list(&revoking.places)
+            .and_then(|list| unassign(&self.consumer, &list).map_err(|error| self.fault(&error)));
+        if let Err(error) = done {
+            // The group waits for it: the next poll tries again.
+            self.revoking = Some(revoking);
+            return Err(error);
+        }
         for place in &revoking.places {
             self.assigned.remove(place);
         }
-        unassign(&self.consumer, &list).map_err(|e| self.fault(&e))
+        // What came in since the revocation was shown belongs to another member now.
+        self.let_go(&revoking.places);
+        Ok(())
+    }
+
+    /// Drops what is held of `places`.
+    fn let_go(&mut self, places: &[TopicPartition]) {
+        self.held.retain(|record| !places.iter().any(|p| p.partition == record.partition && p.topic == record.topic));
     }
 
     fn take_held(&mut self, limit: &PollLimit) -> Vec<ConsumedRecord> {

@@ -121,8 +121,35 @@ impl ProducerContext for Deliveries {
     }
 }
 
+/// A batch counted as outstanding, until it is dropped. One that was not resolved leaves a gap: nothing may come
+/// after it.
+struct Outstanding {
+    shared: Arc<Shared>,
+    resolved: bool,
+}
+
+impl Outstanding {
+    fn new(shared: &Arc<Shared>) -> Self {
+        if shared.outstanding.fetch_add(1, Ordering::AcqRel) == 0 {
+            shared.progress();
+        }
+        Outstanding { shared: shared.clone(), resolved: false }
+    }
+}
+
+impl Drop for Outstanding {
+    fn drop(&mut self) {
+        if !self.resolved {
+            let _ = self.shared.failed.set(LogError::NotDurable("a batch could not be handed over to Kafka".into()));
+            self.shared.news.notify_one();
+        }
+        self.shared.outstanding.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
 /// A batch on its way.
 struct Accepted {
+    outstanding: Outstanding,
     delivery: Arc<Delivery>,
     position: Option<Vec<u8>>,
     buffer: RecordBatch,
@@ -153,7 +180,7 @@ pub(super) async fn open(inside: &Arc<Inside>, source: &str) -> Result<Box<dyn L
     };
     let generation = producing.generation.fetch_add(1, Ordering::AcqRel) + 1;
     producing.settle(producing.unavailable_after).await?;
-    Ok(Box::new(Writer { inside: inside.clone(), producing, generation, broken: Arc::default() }))
+    Ok(Box::new(Writer { inside: inside.clone(), producing, generation, broken: Arc::default(), cut: false }))
 }
 
 impl Producing {
@@ -299,7 +326,7 @@ impl Settling {
 
     fn resolve_settled(&mut self) {
         for batch in self.settled.drain(..) {
-            resolve(batch, Ok(()), &self.shared);
+            resolve(batch, Ok(()));
         }
     }
 
@@ -322,15 +349,16 @@ impl Settling {
         self.producer.purge(PurgeConfig::default().queue().inflight());
         self.position = None;
         for batch in self.settled.drain(..).chain(self.batches.drain(..)) {
-            resolve(batch, Err(error.clone()), &self.shared);
+            resolve(batch, Err(error.clone()));
         }
     }
 }
 
-fn resolve(batch: Accepted, result: Result<(), LogError>, shared: &Shared) {
-    let Accepted { buffer, records, bytes, in_flight, reply, .. } = batch;
+fn resolve(batch: Accepted, result: Result<(), LogError>) {
+    let Accepted { mut outstanding, buffer, records, bytes, in_flight, reply, .. } = batch;
     drop(in_flight);
-    shared.outstanding.fetch_sub(1, Ordering::AcqRel);
+    outstanding.resolved = true;
+    drop(outstanding);
     if result.is_ok() {
         metrics::counter!("tidegate_log_appended_records_total").increment(records as u64);
         metrics::counter!("tidegate_log_appended_bytes_total").increment(bytes as u64);
@@ -344,6 +372,8 @@ struct Writer {
     generation: u64,
     /// A ticket of this writer has failed: so do all later ones.
     broken: Arc<AtomicBool>,
+    /// An append has begun and not ended well: it failed, or its caller dropped it.
+    cut: bool,
 }
 
 impl Writer {
@@ -355,7 +385,7 @@ impl Writer {
                 producing.source
             )));
         }
-        if self.broken.load(Ordering::Acquire) {
+        if self.cut || self.broken.load(Ordering::Acquire) {
             return Some(LogError::NotDurable("records before these were not written".into()));
         }
         producing.shared.failed.get().cloned().or_else(|| producing.stalled())
@@ -385,6 +415,32 @@ impl Writer {
     }
 }
 
+impl Writer {
+    async fn accept(&self, batch: RecordBatch, position: Option<Vec<u8>>) -> Result<Ticket, LogError> {
+        for topic in batch.topics() {
+            if !self.inside.knows(topic).await? {
+                self.broken.store(true, Ordering::Release);
+                return Err(LogError::UnknownTopic(topic.to_string()));
+            }
+        }
+        let records = batch.len();
+        let in_flight = self.room(batch.byte_size()).await?;
+        let outstanding = Outstanding::new(&self.producing.shared);
+        let (reply, answer) = oneshot::channel();
+        let producing = self.producing.clone();
+        // From here on it is done to its end, even if the caller does not wait for it.
+        let accept = move || accept(&producing, outstanding, batch, position, in_flight, reply);
+        let accepted = if records <= INLINE_RECORDS {
+            accept()
+        } else {
+            let ended = |e| Err(LogError::NotDurable(format!("a batch was not handed over to Kafka: {e}")));
+            tokio::task::spawn_blocking(accept).await.unwrap_or_else(ended)
+        };
+        accepted?;
+        Ok(Box::pin(wait(answer, self.producing.clone(), self.broken.clone())))
+    }
+}
+
 #[async_trait]
 impl LogWriter for Writer {
     async fn position(&mut self) -> Result<Option<Vec<u8>>, LogError> {
@@ -393,35 +449,10 @@ impl LogWriter for Writer {
 
     async fn append(&mut self, batch: RecordBatch, position: Option<Vec<u8>>) -> Result<Ticket, LogError> {
         self.check()?;
-        for topic in batch.topics() {
-            if !self.inside.knows(topic).await? {
-                self.broken.store(true, Ordering::Release);
-                return Err(LogError::UnknownTopic(topic.to_string()));
-            }
-        }
-        let (records, bytes) = (batch.len(), batch.byte_size());
-        let in_flight = self.room(bytes).await?;
-        let shared = self.producing.shared.clone();
-        if shared.outstanding.fetch_add(1, Ordering::AcqRel) == 0 {
-            shared.progress();
-        }
-        let delivery = Arc::new(Delivery { left: AtomicUsize::new(records + 1), failed: OnceLock::new() });
-        let buffer = if records <= INLINE_RECORDS {
-            hand_over(&self.producing, batch, &delivery)
-        } else {
-            let (producing, delivery) = (self.producing.clone(), delivery.clone());
-            tokio::task::spawn_blocking(move || hand_over(&producing, batch, &delivery)).await.unwrap_or_default()
-        };
-        if delivery.left.fetch_sub(1, Ordering::AcqRel) == 1 {
-            shared.news.notify_one();
-        }
-        let (reply, answer) = oneshot::channel();
-        let accepted = Accepted { delivery, position, buffer, records, bytes, in_flight, reply };
-        if self.producing.accepted.send(accepted).is_err() {
-            shared.outstanding.fetch_sub(1, Ordering::AcqRel);
-            return Err(LogError::NotDurable("the writer was closed".into()));
-        }
-        Ok(Box::pin(wait(answer, self.producing.clone(), self.broken.clone())))
+        self.cut = true;
+        let ticket = self.accept(batch, position).await;
+        self.cut = ticket.is_err();
+        ticket
     }
 }
 
@@ -448,6 +479,25 @@ async fn wait(
         }
         return result;
     }
+}
+
+/// Hands a batch over and tells the settling task of it.
+fn accept(
+    producing: &Producing,
+    outstanding: Outstanding,
+    batch: RecordBatch,
+    position: Option<Vec<u8>>,
+    in_flight: OwnedSemaphorePermit,
+    reply: oneshot::Sender<Result<Appended, LogError>>,
+) -> Result<(), LogError> {
+    let (records, bytes) = (batch.len(), batch.byte_size());
+    let delivery = Arc::new(Delivery { left: AtomicUsize::new(records + 1), failed: OnceLock::new() });
+    let buffer = hand_over(producing, batch, &delivery);
+    if delivery.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+        producing.shared.news.notify_one();
+    }
+    let accepted = Accepted { outstanding, delivery, position, buffer, records, bytes, in_flight, reply };
+    producing.accepted.send(accepted).map_err(|_| LogError::NotDurable("the writer was closed".into()))
 }
 
 /// Hands the batch's records to librdkafka, which copies them. What it refuses counts as not delivered, and nothing

@@ -94,6 +94,9 @@ struct Streaming {
     cursor: usize,
     resolving: Option<(Resolving, usize)>,
     readying_messages: Option<JoinHandle<Result<MessageTopic, Fault>>>,
+    /// When received bytes were last looked at, or found to be none. Apart from [`PostgresSource::moved`]: changes that
+    /// are in the log already, or filtered, are consumed and nothing is handed on.
+    consumed: Instant,
 }
 
 /// See the module.
@@ -289,6 +292,7 @@ impl PostgresSource {
             cursor: 0,
             resolving: None,
             readying_messages: None,
+            consumed: Instant::now(),
         }));
     }
 
@@ -315,8 +319,14 @@ impl PostgresSource {
             }
             if let Some(chunk) = &streaming.chunk {
                 let step = writer.run(&chunk.bytes, &mut streaming.cursor, now_ns())?;
+                streaming.consumed = Instant::now();
                 match step {
-                    Step::Consumed => streaming.chunk = None,
+                    Step::Consumed => {
+                        streaming.chunk = None;
+                        // Millions of changes may be passed over in a row: acknowledgements, ticks and a stop wait for
+                        // this to let go.
+                        tokio::task::yield_now().await;
+                    }
                     Step::Full => {
                         let position = writer.position.clone();
                         return Ok(Some(self.hand_on(Some(position))));
@@ -523,13 +533,14 @@ impl PostgresSource {
         metrics::gauge!("tidegate_replication_lag_seconds", "connector" => name).set(seconds);
     }
 
-    /// Something was handed on or waits to be, and nothing moves.
-    fn stalled(&self) -> bool {
-        let Stage::Streaming(streaming) = &self.stage else { return false };
-        let outstanding = self.batches_handed != self.batches_durable
-            || streaming.chunk.is_some()
-            || !streaming.feed.chunks.is_empty();
-        outstanding && self.moved.elapsed() > STALLED
+    /// What was handed on does not become durable, or what was received is not asked for.
+    fn stalled(&mut self) -> bool {
+        let Stage::Streaming(streaming) = &mut self.stage else { return false };
+        if streaming.chunk.is_none() && streaming.feed.chunks.is_empty() {
+            streaming.consumed = Instant::now();
+        }
+        let in_flight = self.batches_handed != self.batches_durable;
+        (in_flight && self.moved.elapsed() > STALLED) || streaming.consumed.elapsed() > STALLED
     }
 }
 

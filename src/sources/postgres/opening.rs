@@ -202,7 +202,10 @@ impl Opening {
         if self.settings.snapshot == SnapshotMode::Always && self.first {
             return Ok(Opened::Store(Box::new(fresh(stored.epoch + 1))));
         }
-        if let Err(loss) = slot::check(&self.settings.slot, found.as_ref(), &system, &stored) {
+        let handed = self.from.as_ref().map_or(stored.commit_end, |from| from.commit_end);
+        if let Err(loss) = slot::check(&self.settings.slot, found.as_ref(), &system, &stored)
+            .and_then(|()| slot::reaches(&system, handed))
+        {
             if self.settings.snapshot == SnapshotMode::WhenNeeded {
                 tracing::warn!(connector = %self.name, "{loss}; reading all tables anew (snapshot.mode: when_needed)");
                 return Ok(Opened::Store(Box::new(fresh(stored.epoch + 1))));

@@ -381,7 +381,8 @@ impl Writer {
         if wanted && self.messages.is_none() {
             return Ok(Some(Step::Messages));
         }
-        let new = if transactional { self.counts_as_new()? } else { lsn >= self.position.commit_end };
+        // Outside a transaction, `lsn` is the end of the message's record, which is where the next record begins.
+        let new = if transactional { self.counts_as_new()? } else { lsn > self.position.commit_end };
         if let Some(messages) = self.messages.as_mut().filter(|_| wanted && new) {
             let alone;
             let transaction = if transactional {
@@ -403,9 +404,10 @@ impl Writer {
             messages.write(&mut self.batch, &meta, prefix, content);
             self.events += 1;
         }
-        // Outside a transaction it is a point of its own: nothing that ends before it is still to come.
+        // Outside a transaction it is a point of its own: nothing that ends before it is still to come. Not a byte
+        // further: the next record may be a commit, whose own LSN is this one.
         if !transactional && self.transaction.is_none() && new {
-            self.position.commit_end = Lsn(lsn.0 + 1);
+            self.position.commit_end = lsn;
         }
         Ok(None)
     }

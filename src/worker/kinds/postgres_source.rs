@@ -8,7 +8,7 @@ use crate::config::{ConfigError, Section};
 use crate::event::{CapturePosition, Lsn, SnapshotProgress};
 use crate::pipeline::{self, ConnectorContext, Fault, Plan, ResetTo};
 use crate::postgres::{Address, Purpose, identifier, publication, replication, slot};
-use crate::sinks::log::LogDestination;
+use crate::sinks::log::{LogDestination, stored_position};
 use crate::sources::postgres::{self, CaptureSettings, PostgresSource};
 
 #[derive(Clone, Debug)]
@@ -58,14 +58,8 @@ impl Connector for Settings {
 
     async fn plan(&self, context: &ConnectorContext) -> Result<Plan, Fault> {
         let address = self.address(context)?;
-        // A worker that runs has the writer; what it says of itself is in its status.
-        let stored = match LogDestination::open(context.log.clone(), &context.name).await {
-            Ok(destination) => destination.stored().get(),
-            Err(fault) => {
-                tracing::debug!(connector = %context.name, "the stored position can't be read: {fault}");
-                None
-            }
-        };
+        // A worker that runs has the writer: the position is only read.
+        let stored = stored_position(&context.log, &context.name).await?;
         postgres::plan(&self.0, &address, &context.log, &context.registry, stored.as_ref()).await
     }
 

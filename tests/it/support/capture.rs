@@ -14,7 +14,7 @@ use tidegate::pipeline::{ConnectorContext, Control, Fault, Plan, Signal, Status}
 use tidegate::postgres::table_filter::pattern;
 use tidegate::registry::{EventDecoder, Registry, RegistryError, SchemaId};
 
-use tidegate::sinks::log::LogDestination;
+use tidegate::sinks::log::{LogDestination, stored_position};
 use tidegate::sources::postgres::{CaptureSettings, PostgresSource};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -59,7 +59,7 @@ pub struct World {
     pub url: String,
     pub settings: CaptureSettings,
     decoder: EventDecoder,
-    _folder: tempfile::TempDir,
+    pub folder: tempfile::TempDir,
 }
 
 /// A capture that runs.
@@ -87,7 +87,7 @@ impl World {
             registry,
             url: database.url(),
             settings,
-            _folder: folder,
+            folder,
         }
     }
 
@@ -97,11 +97,15 @@ impl World {
         writer.position().await.unwrap().map(|bytes| serde_json::from_slice(&bytes).unwrap())
     }
 
-    /// What `plan` says.
+    /// What `plan` says in a process of its own, which only reads the log.
     pub async fn plan(&self) -> Plan {
+        let log: Arc<dyn Log> = Arc::new(EmbeddedLog::open_reader(self.folder.path()).unwrap());
+        let stored = stored_position(&log, "capture").await.unwrap();
         let datastore = DatastoreSettings::from_url(&self.url).unwrap();
         let address = self.settings.address(&datastore).unwrap();
-        tidegate::sources::postgres::plan(&self.settings, &address, &self.log, &self.registry, None).await.unwrap()
+        tidegate::sources::postgres::plan(&self.settings, &address, &log, &self.registry, stored.as_ref())
+            .await
+            .unwrap()
     }
 
     pub async fn start(&self) -> Running {
