@@ -119,5 +119,10 @@ fn every_module_is_named_for_what_it_holds() {
 fn a_path_and_a_group_are_both_seen() {
     let text = "use crate::event::Batch;\nuse crate::{\n    log::{self, Log},\n    worker,\n}; // crate::cli\nfn f() -> crate::rest::X {}";
     assert_eq!(modules_named(text), ["event", "log", "rest", "worker"].map(String::from).into());
-    assert!(may_use("worker", "log") && !may_use("log", "worker") && !may_use("sinks", "sources"));
+    assert!(
+        may_use("worker", "log")
+            && !may_use("log", "worker")
+            && may_use("sinks", "sources")
+            && !may_use("sources", "sinks")
+    );
 }
