@@ -7,8 +7,8 @@
 //!   an offset that retention has removed is said and never skipped.
 //! * A revocation is shown by one poll and carried out by the next one, so that what is in flight may be finished
 //!   and committed in between; a member that does not poll again loses the partitions all the same in the end.
-//! * The invariant: records are handed out once, in order. What nobody took (a poll that was dropped) is held for
-//!   the next poll.
+//! * The invariant: records are handed out once, in order. An answer lies in a slot that both ends reach until it is
+//!   taken, and whoever takes it returns it without another wait, so that a poll dropped at any moment loses nothing.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -46,7 +46,9 @@ pub(super) fn join(inside: Arc<Inside>, group: &str, topics: &[String]) -> Resul
     let names: Vec<&str> = topics.iter().map(String::as_str).collect();
     consumer.subscribe(&names).map_err(invalid)?;
     let (requests, received) = channel();
+    let slot = Slot::default();
     let actor = Actor {
+        slot: slot.clone(),
         consumer,
         inside,
         group: group.to_owned(),
@@ -64,13 +66,17 @@ pub(super) fn join(inside: Arc<Inside>, group: &str, topics: &[String]) -> Resul
         .name("kafka-consumer".into())
         .spawn(move || actor.run())
         .map_err(|e| LogError::Fatal(format!("cannot start a consumer's thread: {e}")))?;
-    Ok(Box::new(Consumer { requests: Some(requests), thread: Some(thread) }))
+    Ok(Box::new(Consumer { requests: Some(requests), thread: Some(thread), slot }))
 }
 
 type Reply<T> = oneshot::Sender<Result<T, LogError>>;
 
+/// The answer to a poll, until it is taken. A channel would drop what was sent and not yet received.
+type Slot = Arc<Mutex<Option<Result<Polled, LogError>>>>;
+
 enum Request {
-    Poll(PollLimit, Reply<Polled>),
+    /// Answered in the slot.
+    Poll(PollLimit, Reply<()>),
     Commit(BTreeMap<TopicPartition, Offset>, Reply<()>),
     SetPaused(bool, Reply<()>),
     Rewind(Reply<()>),
@@ -80,6 +86,7 @@ enum Request {
 struct Consumer {
     requests: Option<Sender<Request>>,
     thread: Option<std::thread::JoinHandle<()>>,
+    slot: Slot,
 }
 
 impl Consumer {
@@ -99,7 +106,12 @@ impl Consumer {
 #[async_trait]
 impl LogConsumer for Consumer {
     async fn poll(&mut self, limit: &PollLimit) -> Result<Polled, LogError> {
-        self.ask(limit.wait, |reply| Request::Poll(limit.clone(), reply)).await
+        loop {
+            if let Some(answer) = lock(&self.slot).take() {
+                return answer;
+            }
+            self.ask(limit.wait, |reply| Request::Poll(limit.clone(), reply)).await?;
+        }
     }
 
     async fn commit(&mut self, offsets: &BTreeMap<TopicPartition, Offset>) -> Result<(), LogError> {
@@ -183,6 +195,7 @@ struct Actor {
     inside: Arc<Inside>,
     group: String,
     requests: Receiver<Request>,
+    slot: Slot,
     gatherer: Gatherer,
     /// Read and not handed out.
     held: VecDeque<ConsumedRecord>,
@@ -201,20 +214,22 @@ impl Actor {
         loop {
             match self.requests.recv_timeout(IDLE) {
                 Ok(Request::Poll(limit, reply)) => {
-                    if reply.is_closed() {
-                        continue;
+                    // What a poll that was dropped has not taken comes first.
+                    if !reply.is_closed() && lock(&self.slot).is_none() {
+                        let answer = self.poll(&limit);
+                        *lock(&self.slot) = Some(answer);
                     }
-                    let answer = self.poll(&limit);
-                    if let Err(Ok(Polled::Records(records))) = reply.send(answer) {
-                        // Nobody took them.
-                        for record in records.into_iter().rev() {
-                            self.held.push_front(record);
-                        }
-                    }
+                    let _ = reply.send(Ok(()));
                 }
                 Ok(Request::Commit(offsets, reply)) => drop(reply.send(self.commit(&offsets))),
-                Ok(Request::SetPaused(paused, reply)) => drop(reply.send(self.set_paused(paused))),
-                Ok(Request::Rewind(reply)) => drop(reply.send(self.rewind())),
+                Ok(Request::SetPaused(paused, reply)) => {
+                    self.take_back();
+                    drop(reply.send(self.set_paused(paused)));
+                }
+                Ok(Request::Rewind(reply)) => {
+                    self.take_back();
+                    drop(reply.send(self.rewind()));
+                }
                 Err(RecvTimeoutError::Timeout) => self.rest(),
                 Err(RecvTimeoutError::Disconnected) => break,
             }
@@ -260,6 +275,19 @@ impl Actor {
             if Instant::now() >= deadline && !self.has_changes() {
                 return Ok(Polled::Records(Vec::new()));
             }
+        }
+    }
+
+    /// Records that nobody took are held again.
+    fn take_back(&mut self) {
+        let mut slot = lock(&self.slot);
+        match slot.take() {
+            Some(Ok(Polled::Records(records))) => {
+                for record in records.into_iter().rev() {
+                    self.held.push_front(record);
+                }
+            }
+            other => *slot = other,
         }
     }
 
@@ -496,6 +524,7 @@ impl Actor {
 
     /// Nobody asks: keeps the membership.
     fn rest(&mut self) {
+        self.take_back();
         if !self.resting && !self.paused {
             self.resting = true;
             if let Ok(list) = self.list(&self.assigned) {
