@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tidegate::event::RecordBatch;
-use tidegate::log::{EmbeddedLog, EmbeddedSettings, Log, LogError, PollLimit, StartAt, TopicSpec};
+use tidegate::log::{EmbeddedLog, EmbeddedSettings, Log, LogError, PollLimit, StartAt, StopAt, TopicSpec};
 
 /// Batches on their way at a time.
 const WINDOW: usize = 8;
@@ -34,7 +34,7 @@ async fn run(records: usize, batch: usize) -> Result<(), Box<dyn std::error::Err
     append(&log, &name, records, batch).await?;
     let (wall, used) = (start.elapsed().as_secs_f64(), cpu_seconds() - cpu);
     let (start, cpu) = (Instant::now(), cpu_seconds());
-    let mut reader = log.reader(&name, StartAt::Beginning).await?;
+    let mut reader = log.reader(&name, StartAt::Beginning, StopAt::End).await?;
     let limit = PollLimit { bytes: 1 << 20, records: 100_000, wait: Duration::from_secs(1) };
     let mut read = 0;
     while read < records {

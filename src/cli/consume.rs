@@ -10,14 +10,14 @@ use serde_json::{Map, Value, json};
 use super::output;
 use super::start::start_at;
 use super::{CliError, Global};
-use crate::log::{ConsumedRecord, PollLimit, StartAt};
+use crate::log::{ConsumedRecord, LogError, PollLimit, StartAt, StopAt};
 use crate::registry::{DecodeError, EventDecoder};
 use crate::worker::{Access, open_log, open_registry};
 
 /// Read a topic's change events, decoded to JSON
 ///
-/// Reads without a consumer group: nothing is committed and nobody is disturbed. Times come as ISO text and
-/// decimals exactly; --raw shows the numbers that Avro holds. With --output json, one JSON object a line.
+/// Reads without a consumer group: nothing is committed and nobody is disturbed. Without --follow it ends where the
+/// topic ended when it began, also beside a writer that goes on. Times come as ISO text and decimals exactly; --raw shows the numbers that Avro holds. With --output json, one JSON object a line.
 #[derive(Args)]
 #[command(after_help = "\
 Examples:
@@ -47,17 +47,17 @@ impl Consume {
         let settings = global.settings()?;
         let log = open_log(&settings.log, Access::Read).await?;
         let decoder = EventDecoder::new(open_registry(&settings, Access::Read)?.registry);
-        let mut reader = log
-            .reader(&self.topic, self.from)
-            .await
-            .map_err(|error| CliError::from(error).hint("'tidegate topics' lists the topics there are"))?;
+        let stop = if self.follow { StopAt::Never } else { StopAt::End };
+        let mut reader = log.reader(&self.topic, self.from, stop).await.map_err(|error| match error {
+            LogError::UnknownTopic(_) => {
+                CliError::from(error).hint("'tidegate topics' lists the topics there are")
+            }
+            error => error.into(),
+        })?;
         let limit = PollLimit { bytes: 1 << 20, records: 500, wait: Duration::from_millis(500) };
         let mut left = self.max.unwrap_or(u64::MAX);
-        while left > 0 {
+        while left > 0 && !reader.at_end() {
             let records = reader.poll(&limit).await?;
-            if records.is_empty() && !self.follow && reader.at_end().await? {
-                break;
-            }
             let mut text = String::new();
             for record in records.iter().take(usize::try_from(left).unwrap_or(usize::MAX)) {
                 left -= 1;

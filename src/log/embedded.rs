@@ -38,7 +38,7 @@ use self::groups::Groups;
 use self::read::{Consumer, Cursor, News, Reader};
 use crate::event::{Offset, RecordBatch, TopicPartition};
 use crate::log::{
-    Log, LogConsumer, LogError, LogReader, LogWriter, PartitionInfo, PartitionLag, StartAt, Ticket, TopicInfo,
+    Log, LogConsumer, LogError, LogReader, LogWriter, PartitionInfo, PartitionLag, StartAt, StopAt, Ticket, TopicInfo,
     TopicSpec,
 };
 
@@ -347,7 +347,7 @@ impl Log for EmbeddedLog {
         Ok(Box::new(Consumer::join(group, topics, self.shared.clone(), commands, self.pool.clone())))
     }
 
-    async fn reader(&self, topic: &str, start: StartAt) -> Result<Box<dyn LogReader>, LogError> {
+    async fn reader(&self, topic: &str, start: StartAt, stop: StopAt) -> Result<Box<dyn LogReader>, LogError> {
         self.look().await?;
         let topic = self.topic(topic)?;
         let news = match &self.writing {
@@ -357,9 +357,15 @@ impl Log for EmbeddedLog {
         let cursors = self
             .pool
             .run(move |conn| {
-                (0..topic.partitions())
-                    .map(|p| Ok(Cursor::new(topic.clone(), p, read::resolve(conn, &topic, p, start)?)))
-                    .collect()
+                let cursor = |p| {
+                    let from = read::resolve(conn, &topic, p, start)?;
+                    let until = match stop {
+                        StopAt::Never => None,
+                        StopAt::End => Some(read::range(conn, &topic, p)?.1),
+                    };
+                    Ok(Cursor::new(topic.clone(), p, from, until))
+                };
+                (0..topic.partitions()).map(cursor).collect()
             })
             .await?;
         Ok(Box::new(Reader::new(self.shared.clone(), self.pool.clone(), news, cursors)))

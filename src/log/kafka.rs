@@ -32,7 +32,8 @@ pub use self::settings::KafkaSettings;
 use self::writer::Producing;
 use crate::event::{Offset, TopicPartition};
 use crate::log::{
-    Log, LogConsumer, LogError, LogReader, LogWriter, PartitionInfo, PartitionLag, StartAt, TopicInfo, TopicSpec,
+    Log, LogConsumer, LogError, LogReader, LogWriter, PartitionInfo, PartitionLag, StartAt, StopAt, TopicInfo,
+    TopicSpec,
 };
 
 /// Every question to the brokers has an answer by then, or they count as away.
@@ -400,10 +401,14 @@ impl Log for KafkaLog {
         consumer::join(self.inside.clone(), group, topics)
     }
 
-    async fn reader(&self, topic: &str, start: StartAt) -> Result<Box<dyn LogReader>, LogError> {
+    async fn reader(&self, topic: &str, start: StartAt, stop: StopAt) -> Result<Box<dyn LogReader>, LogError> {
         let places = places_of(topic, &self.inside.partitions_of(topic).await?);
-        let from = self.inside.resolve(places, start).await?;
-        reader::open(self.inside.clone(), from)
+        let from = self.inside.resolve(places.clone(), start).await?;
+        let until = match stop {
+            StopAt::Never => None,
+            StopAt::End => Some(self.inside.resolve(places, StartAt::End).await?),
+        };
+        reader::open(self.inside.clone(), from, until)
     }
 
     async fn group_lag(&self, group: &str) -> Result<Vec<PartitionLag>, LogError> {

@@ -48,8 +48,9 @@ pub trait Log: Send + Sync + 'static {
     /// Joins `group` and reads what is assigned to it.
     async fn consumer(&self, group: &str, topics: &[String]) -> Result<Box<dyn LogConsumer>, LogError>;
 
-    /// Reads one topic without a group, all partitions, from `start`.
-    async fn reader(&self, topic: &str, start: StartAt) -> Result<Box<dyn LogReader>, LogError>;
+    /// Reads one topic without a group, all partitions, from `start`. With [`StopAt::End`] the ends are those of this
+    /// call: what is written later is not returned, and a partition that ends before `start` has nothing to return.
+    async fn reader(&self, topic: &str, start: StartAt, stop: StopAt) -> Result<Box<dyn LogReader>, LogError>;
 
     /// For each partition of the group's topics: the group's next offset and the log's.
     async fn group_lag(&self, group: &str) -> Result<Vec<PartitionLag>, LogError>;
@@ -111,8 +112,9 @@ pub trait LogReader: Send {
     /// As [`LogConsumer::poll`].
     async fn poll(&mut self, limit: &PollLimit) -> Result<Vec<ConsumedRecord>, LogError>;
 
-    /// True when everything that was in the topic at the time of the call has been returned.
-    async fn at_end(&mut self) -> Result<bool, LogError>;
+    /// True when a reader that stops has returned everything up to where the topic ended when it was opened; `poll`
+    /// then returns nothing, at once. A reader that never stops is never at an end.
+    fn at_end(&self) -> bool;
 }
 
 #[derive(Clone, Debug)]
@@ -150,6 +152,13 @@ pub enum StartAt {
     Offset(Offset),
     /// First record appended at or after this, ms since 1970.
     TimeMs(i64),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StopAt {
+    Never,
+    /// Where each partition ends when the reader is opened.
+    End,
 }
 
 /// How a topic is to be made.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use crate::log::{Log, LogConsumer, LogError, LogReader, LogWriter, PartitionLag, StartAt, TopicInfo, TopicSpec};
+use crate::log::{Log, LogConsumer, LogError, LogReader, LogWriter, PartitionLag, StartAt, StopAt, TopicInfo, TopicSpec};
 use crate::registry::{Registry, RegistryError, SchemaId};
 
 pub struct AbsentLog;
@@ -40,7 +40,7 @@ impl Log for AbsentLog {
         absent()
     }
 
-    async fn reader(&self, topic: &str, _: StartAt) -> Result<Box<dyn LogReader>, LogError> {
+    async fn reader(&self, topic: &str, _: StartAt, _: StopAt) -> Result<Box<dyn LogReader>, LogError> {
         Err(LogError::UnknownTopic(topic.to_owned()))
     }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tidegate::event::{HeaderSet, Offset, RecordBatch, TopicPartition};
 use tidegate::log::{
     ConsumedRecord, EmbeddedLog, EmbeddedSettings, Log, LogConsumer, LogError, LogReader, PollLimit, Polled, StartAt,
-    TopicSpec, partition_of,
+    StopAt, TopicSpec, partition_of,
 };
 
 use crate::support::eventually;
@@ -98,10 +98,10 @@ pub async fn read_count(reader: &mut dyn LogReader, count: usize) -> Vec<Consume
 }
 
 pub async fn read_all(log: &dyn Log, topic: &str) -> Vec<ConsumedRecord> {
-    let mut reader = log.reader(topic, StartAt::Beginning).await.unwrap();
+    let mut reader = log.reader(topic, StartAt::Beginning, StopAt::End).await.unwrap();
     let give_up = Instant::now() + DEADLINE;
     let mut records = Vec::new();
-    while !reader.at_end().await.unwrap() {
+    while !reader.at_end() {
         assert!(Instant::now() < give_up, "the end of {topic} was not reached");
         records.extend(reader.poll(&LIMIT).await.unwrap());
     }
@@ -286,7 +286,7 @@ mod promises {
         assert_eq!(again.position().await.unwrap(), None);
         lost(&mut again, &name).await.unwrap();
         assert_eq!(read_all(&*log, &name).await.len(), 1);
-        assert!(matches!(log.reader(&missing, StartAt::Beginning).await, Err(LogError::UnknownTopic(_))));
+        assert!(matches!(log.reader(&missing, StartAt::Beginning, StopAt::Never).await, Err(LogError::UnknownTopic(_))));
     }
 
     pub async fn a_group_starts_at_the_beginning_and_goes_on_where_it_committed(world: World) {
@@ -377,14 +377,60 @@ mod promises {
         let between = now_ms();
         tokio::time::sleep(Duration::from_millis(20)).await;
         write_numbers(&*log, &name, 10, 3, 1).await;
-        let mut tail = log.reader(&name, StartAt::End).await.unwrap();
-        assert!(tail.at_end().await.unwrap());
-        let mut from_offset = log.reader(&name, StartAt::Offset(Offset(9))).await.unwrap();
+        let mut tail = log.reader(&name, StartAt::End, StopAt::Never).await.unwrap();
+        let mut from_offset = log.reader(&name, StartAt::Offset(Offset(9)), StopAt::Never).await.unwrap();
         assert_eq!(values(&read_count(&mut *from_offset, 4).await), ["9", "10", "11", "12"]);
-        let mut from_time = log.reader(&name, StartAt::TimeMs(between)).await.unwrap();
+        let mut from_time = log.reader(&name, StartAt::TimeMs(between), StopAt::Never).await.unwrap();
         assert_eq!(values(&read_count(&mut *from_time, 3).await), ["10", "11", "12"]);
         write_numbers(&*log, &name, 13, 1, 1).await;
         assert_eq!(values(&read_count(&mut *tail, 1).await), ["13"]);
+    }
+
+    pub async fn a_reader_that_stops_ends_where_the_topic_ended_beside_a_steady_writer(world: World) {
+        let name: Arc<str> = world.name("rows").into();
+        let log = world.log().await;
+        log.ensure_topic(&topic(&name, 3)).await.unwrap();
+        let written = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let writer = {
+            let (mut writer, name, written) = (log.writer(&world.name("s")).await.unwrap(), name.clone(), written.clone());
+            tokio::spawn(async move {
+                for number in 0.. {
+                    let texts: Vec<String> = (number * 20..number * 20 + 20).map(|i| i.to_string()).collect();
+                    let records = batch(&name, texts.iter().map(|text| (text.as_str(), text.as_str())));
+                    writer.append(records, None).await.unwrap().await.unwrap();
+                    written.fetch_add(20, std::sync::atomic::Ordering::Release);
+                }
+            })
+        };
+        let count = || written.load(std::sync::atomic::Ordering::Acquire);
+        eventually(DEADLINE, "enough to read", async || count() > 2000).await;
+        // Few at a time, and never faster than the writer writes: only a fixed end is ever reached.
+        let few = PollLimit { records: 50, ..LIMIT };
+        for start in [StartAt::Beginning, StartAt::TimeMs(now_ms() - 100), StartAt::End] {
+            let before = count();
+            let mut reader = log.reader(&name, start, StopAt::End).await.unwrap();
+            let opened = count();
+            let give_up = Instant::now() + DEADLINE;
+            let mut seen = BTreeSet::new();
+            while !reader.at_end() {
+                assert!(Instant::now() < give_up, "{start:?}: no end after {} records", seen.len());
+                let polled_at = count();
+                let records = reader.poll(&few).await.unwrap();
+                seen.extend(records.iter().map(|record| text(&record.value).parse::<usize>().unwrap()));
+                eventually(DEADLINE, "the writer is ahead", async || count() > polled_at + records.len()).await;
+            }
+            assert!(reader.poll(&few).await.unwrap().is_empty(), "nothing comes after the end");
+            // One batch may have been on its way when the ends were looked for.
+            assert!(seen.last().is_none_or(|last| *last < opened + 20), "{start:?}: {:?} of {opened}", seen.last());
+            if start == StartAt::Beginning {
+                assert!((0..before).all(|number| seen.contains(&number)), "{} of {before}", seen.len());
+            }
+        }
+        writer.abort();
+        // Nothing there: at the end from the start.
+        let empty = world.name("empty");
+        log.ensure_topic(&topic(&empty, 2)).await.unwrap();
+        assert!(log.reader(&empty, StartAt::Beginning, StopAt::End).await.unwrap().at_end());
     }
 
     pub async fn an_offset_that_is_not_there_is_an_error(world: World) {
@@ -392,7 +438,7 @@ mod promises {
         let log = world.log().await;
         log.ensure_topic(&topic(&name, 1)).await.unwrap();
         write_numbers(&*log, &name, 0, 3, 1).await;
-        let mut reader = log.reader(&name, StartAt::Offset(Offset(77))).await.unwrap();
+        let mut reader = log.reader(&name, StartAt::Offset(Offset(77)), StopAt::Never).await.unwrap();
         let error = eventually(DEADLINE, "an error", async || reader.poll(&LIMIT).await.err()).await;
         let LogError::OutOfRange { wanted, next, .. } = &error else { panic!("{error}") };
         assert_eq!((wanted.0, next.0), (77, 3), "{error}");
@@ -586,6 +632,7 @@ over_both_logs! {
     lag_is_told_per_partition
     a_group_is_reset_to_beginning_end_offset_and_time
     a_reader_starts_at_an_offset_a_time_or_the_end
+    a_reader_that_stops_ends_where_the_topic_ended_beside_a_steady_writer
     an_offset_that_is_not_there_is_an_error
     members_of_a_group_share_the_partitions
     a_paused_consumer_gets_nothing_and_loses_nothing
@@ -657,7 +704,7 @@ mod embedded {
         let topics = log.topics().await.unwrap();
         assert_eq!(topics[0].partitions[0].next, Offset(101), "offsets go on");
         // The offset that is gone is an error, not silently the next.
-        let mut reader = log.reader("t", StartAt::Offset(Offset(10))).await.unwrap();
+        let mut reader = log.reader("t", StartAt::Offset(Offset(10)), StopAt::Never).await.unwrap();
         let error = reader.poll(&LIMIT).await.unwrap_err();
         assert!(matches!(error, LogError::OutOfRange { wanted: Offset(10), .. }), "{error}");
     }
@@ -722,7 +769,7 @@ mod embedded {
         file.execute("UPDATE blobs SET data = CAST(replace(data, '5', '6') AS BLOB)", []).unwrap();
         drop(file);
         let log = EmbeddedLog::open(settings(&folder)).unwrap();
-        let error = log.reader("t", StartAt::Beginning).await.unwrap().poll(&LIMIT).await.unwrap_err();
+        let error = log.reader("t", StartAt::Beginning, StopAt::Never).await.unwrap().poll(&LIMIT).await.unwrap_err();
         assert!(
             matches!(&error, LogError::Fatal(text) if text.contains("t-0") && text.contains("checksum")),
             "{error}"
@@ -865,7 +912,7 @@ mod embedded {
         match what.as_str() {
             "read" => {
                 let log = EmbeddedLog::open_reader(&folder).unwrap();
-                let mut reader = log.reader("t", StartAt::Beginning).await.unwrap();
+                let mut reader = log.reader("t", StartAt::Beginning, StopAt::Never).await.unwrap();
                 let mut count = 0;
                 println!();
                 while count < 20 {

@@ -31,13 +31,19 @@ pub(super) struct Cursor {
     partition: i32,
     /// Offset of the next record to hand out.
     next: i64,
+    /// Nothing from this offset on is handed out.
+    until: Option<i64>,
     /// Read from disk and not yet handed out, in order.
     chunks: VecDeque<Chunk>,
 }
 
 impl Cursor {
-    pub fn new(topic: Arc<Topic>, partition: i32, next: i64) -> Self {
-        Cursor { topic, partition, next, chunks: VecDeque::new() }
+    pub fn new(topic: Arc<Topic>, partition: i32, next: i64, until: Option<i64>) -> Self {
+        Cursor { topic, partition, next, until, chunks: VecDeque::new() }
+    }
+
+    fn is_done(&self) -> bool {
+        self.until.is_some_and(|until| self.next >= until)
     }
 
     fn place(&self) -> TopicPartition {
@@ -59,6 +65,10 @@ impl Cursor {
                 Err(corrupt) => return Err(corrupt_chunk(&self.topic.name, self.partition, self.next, &corrupt)),
                 Ok(None) => drop(self.chunks.pop_front()),
                 Ok(Some(record)) if record.offset.0 < self.next => {}
+                Ok(Some(record)) if self.until.is_some_and(|until| record.offset.0 >= until) => {
+                    self.next = record.offset.0;
+                    self.chunks.clear();
+                }
                 Ok(Some(record)) => {
                     self.next = record.offset.0 + 1;
                     *bytes += record.key.as_ref().map_or(0, Bytes::len) + record.value.as_ref().map_or(0, Bytes::len);
@@ -202,7 +212,8 @@ impl Cursors {
         let mut fetches: Vec<Fetch> = (0..count)
             .map(|step| (self.fetch_turn % count + step) % count)
             .map(|at| (at, &self.list[at]))
-            .filter(|(_, cursor)| cursor.chunks.is_empty() && cursor.next != cursor.topic.tail(cursor.partition))
+            .filter(|(_, cursor)| cursor.chunks.is_empty() && !cursor.is_done())
+            .filter(|(_, cursor)| cursor.next != cursor.topic.tail(cursor.partition))
             .take((limit.bytes / CHUNK_BYTES).max(1))
             .map(|(at, cursor)| Fetch {
                 cursor: at,
@@ -271,7 +282,7 @@ impl Consumer {
                         Some((committed, start)) => committed.unwrap_or(start),
                         None => range(conn, &topic, partition)?.0,
                     };
-                    Ok(Cursor::new(topic, partition, next))
+                    Ok(Cursor::new(topic, partition, next, None))
                 };
                 topics.into_iter().map(cursor).collect()
             })
@@ -439,7 +450,7 @@ impl LogReader for Reader {
                 self.cursors.fetch(&self.pool, limit).await?;
                 records = self.cursors.hand_out(limit)?;
             }
-            if !records.is_empty() {
+            if !records.is_empty() || self.at_end() {
                 return Ok(records);
             }
             if let Some(error) = self.shared.fatal.get() {
@@ -451,9 +462,7 @@ impl LogReader for Reader {
         }
     }
 
-    async fn at_end(&mut self) -> Result<bool, LogError> {
-        self.look().await?;
-        let at_tail = |cursor: &Cursor| cursor.next >= cursor.topic.tail(cursor.partition);
-        Ok(self.cursors.list.iter().all(at_tail))
+    fn at_end(&self) -> bool {
+        self.cursors.list.iter().all(Cursor::is_done)
     }
 }

@@ -2,6 +2,9 @@
 //!
 //! Polling runs on a thread for blocking work and puts what it finds into the shared [`State`]; so a poll that is
 //! dropped loses nothing.
+//!
+//! Where the partitions end is found before the client is made; so the client's word that a partition's end is reached
+//! is never about an end before that one.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -15,7 +18,7 @@ use super::client::{Told, blocking, fault};
 use super::gather::Gatherer;
 use super::{ANSWER_WAIT, Inside, list_of, lock};
 use crate::event::{Offset, TopicPartition};
-use crate::log::{ConsumedRecord, LogError, LogReader, PollLimit, StartAt};
+use crate::log::{ConsumedRecord, LogError, LogReader, PollLimit};
 
 struct Reader {
     inside: Arc<Inside>,
@@ -29,14 +32,15 @@ struct State {
     found: Vec<ConsumedRecord>,
     /// Next offset to read of each partition.
     next: BTreeMap<TopicPartition, i64>,
-    /// Where the partitions ended when `at_end` looked last.
-    ends: BTreeMap<TopicPartition, Offset>,
+    /// Of a reader that stops: the partitions that have not been read to their end yet, and that end.
+    open: Option<BTreeMap<i32, i64>>,
     failed: Option<LogError>,
 }
 
 pub(super) fn open(
     inside: Arc<Inside>,
-    from: BTreeMap<TopicPartition, Offset>,
+    mut from: BTreeMap<TopicPartition, Offset>,
+    until: Option<BTreeMap<TopicPartition, Offset>>,
 ) -> Result<Box<dyn LogReader>, LogError> {
     let told = inside.told.clone();
     let consumer: BaseConsumer<Told> = inside
@@ -44,6 +48,10 @@ pub(super) fn open(
         .reader()?
         .create_with_context(told.clone())
         .map_err(|e| LogError::Invalid(format!("the Kafka reader can't be made: {e}")))?;
+    if let Some(until) = &until {
+        from.retain(|place, offset| until.get(place).is_some_and(|end| *offset < *end));
+    }
+    let open = until.map(|until| from.keys().filter_map(|place| Some((place.partition, until.get(place)?.0))).collect());
     let list = list_of(from.iter().map(|(place, offset)| (place, rdkafka::Offset::Offset(offset.0))))?;
     consumer.assign(&list).map_err(|e| fault(&e, &told))?;
     let state = State {
@@ -51,7 +59,7 @@ pub(super) fn open(
         gatherer: Gatherer::default(),
         found: Vec::new(),
         next: from.into_iter().map(|(place, offset)| (place, offset.0)).collect(),
-        ends: BTreeMap::new(),
+        open,
         failed: None,
     };
     Ok(Box::new(Reader { inside, state: Arc::new(Mutex::new(state)) }))
@@ -63,14 +71,25 @@ impl State {
             return Err(failed.clone());
         }
         let deadline = Instant::now() + limit.wait;
-        while self.found.is_empty() && !self.gatherer.is_full(limit) {
+        while self.found.is_empty() && !self.gatherer.is_full(limit) && !self.all_read() {
             let wait = match self.gatherer.is_empty() {
                 true => deadline.saturating_duration_since(Instant::now()),
                 false => Duration::ZERO,
             };
             match self.consumer.poll(wait) {
-                Some(Ok(message)) => self.gatherer.push(&message),
-                Some(Err(KafkaError::PartitionEOF(partition))) => self.reached_end(partition),
+                Some(Ok(message)) => {
+                    let (partition, offset) = (message.partition(), message.offset());
+                    let end = self.open.as_ref().map(|open| open.get(&partition).copied().unwrap_or(0));
+                    if end.is_none_or(|end| offset < end) {
+                        self.gatherer.push(&message);
+                    }
+                    if end.is_some_and(|end| offset + 1 >= end) {
+                        drop(message);
+                        self.read_whole(partition);
+                    }
+                }
+                // The last offsets may be taken by what is not shown: markers of transactions, compacted records.
+                Some(Err(KafkaError::PartitionEOF(partition))) => self.read_whole(partition),
                 Some(Err(error)) => {
                     if let Some(error) = self.complaint(&error, told) {
                         self.found = self.gatherer.take();
@@ -88,13 +107,17 @@ impl State {
         Ok(())
     }
 
-    /// The last offsets may be taken by what is not shown (markers of transactions, compacted records).
-    fn reached_end(&mut self, partition: i32) {
-        for (place, end) in &self.ends {
-            if place.partition == partition
-                && let Some(next) = self.next.get_mut(place)
-            {
-                *next = (*next).max(end.0);
+    fn all_read(&self) -> bool {
+        self.open.as_ref().is_some_and(BTreeMap::is_empty)
+    }
+
+    /// Nothing more of the partition is wanted by a reader that stops.
+    fn read_whole(&mut self, partition: i32) {
+        if self.open.as_mut().is_some_and(|open| open.remove(&partition).is_some()) {
+            let done: Vec<_> = self.next.keys().filter(|place| place.partition == partition).collect();
+            // Only spares its fetching: what comes all the same is left out.
+            if let Ok(list) = list_of(done.into_iter().map(|place| (place, rdkafka::Offset::Invalid))) {
+                let _ = self.consumer.pause(&list);
             }
         }
     }
@@ -139,12 +162,8 @@ impl LogReader for Reader {
         Ok(lock(&self.state).take())
     }
 
-    async fn at_end(&mut self) -> Result<bool, LogError> {
-        let places: Vec<_> = lock(&self.state).next.keys().cloned().collect();
-        let ends = self.inside.resolve(places, StartAt::End).await?;
-        let mut state = lock(&self.state);
-        let there = ends.iter().all(|(place, end)| state.next.get(place).is_some_and(|next| *next >= end.0));
-        state.ends = ends;
-        Ok(there && state.found.is_empty())
+    fn at_end(&self) -> bool {
+        let state = lock(&self.state);
+        state.all_read() && state.found.is_empty() && state.gatherer.is_empty() && state.failed.is_none()
     }
 }

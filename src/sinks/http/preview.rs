@@ -14,7 +14,7 @@ use super::settings::{Initial, Settings, Update};
 use super::shape::Shape;
 use crate::datastore::{Client, LinkKey, TableName, find_link, parked_places};
 use crate::event::{Change, Offset, Operation, TopicPartition};
-use crate::log::{LogError, PollLimit, StartAt};
+use crate::log::{LogError, PollLimit, StartAt, StopAt};
 use crate::mapping::Links;
 use crate::pipeline::{ConnectorContext, Fault};
 use crate::registry::EventDecoder;
@@ -43,16 +43,14 @@ pub async fn preview(settings: &Settings, context: &ConnectorContext, limit: usi
     for topic in &settings.topics {
         let from = committed.iter().filter(|(at, _)| *at.topic == **topic).map(|(_, offset)| *offset).min();
         let start = from.map_or(StartAt::Beginning, StartAt::Offset);
-        let mut reader = match context.log.reader(topic, start).await {
+        let mut reader = match context.log.reader(topic, start, StopAt::End).await {
             Ok(reader) => reader,
             Err(LogError::UnknownTopic(_)) => continue,
             Err(error) => return Err(error.into()),
         };
         let poll = PollLimit { bytes: 4 << 20, records: 500, wait: Duration::from_millis(200) };
         loop {
-            let records = reader.poll(&poll).await?;
-            let empty = records.is_empty();
-            for record in records {
+            for record in reader.poll(&poll).await? {
                 looked += 1;
                 let place = TopicPartition::new(record.topic.clone(), record.partition);
                 if committed.get(&place).is_some_and(|offset| record.offset < *offset) {
@@ -81,7 +79,7 @@ pub async fn preview(settings: &Settings, context: &ConnectorContext, limit: usi
                     return Ok(shown);
                 }
             }
-            if looked >= RECORDS || Instant::now() > until || (empty && reader.at_end().await?) {
+            if looked >= RECORDS || Instant::now() > until || reader.at_end() {
                 break;
             }
         }

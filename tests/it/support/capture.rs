@@ -9,7 +9,7 @@ use serde_json::Value;
 use tidegate::datastore::{Datastore, DatastoreSettings};
 use tidegate::event::{CapturePosition, Change};
 use tidegate::log::embedded::{EmbeddedLog, EmbeddedSettings};
-use tidegate::log::{ConsumedRecord, Log, PollLimit, StartAt};
+use tidegate::log::{ConsumedRecord, Log, PollLimit, StartAt, StopAt};
 use tidegate::pipeline::{ConnectorContext, Control, Fault, Plan, Signal, Status};
 use tidegate::postgres::table_filter::pattern;
 use tidegate::registry::{EventDecoder, Registry, RegistryError, SchemaId};
@@ -139,15 +139,12 @@ impl World {
     /// All records of a topic so far; none where it is not there.
     pub async fn records(&self, topic: &str) -> Vec<ConsumedRecord> {
         let mut all = Vec::new();
-        let Ok(mut reader) = self.log.reader(topic, StartAt::Beginning).await else { return all };
+        let Ok(mut reader) = self.log.reader(topic, StartAt::Beginning, StopAt::End).await else { return all };
         let limit = PollLimit { bytes: 8 << 20, records: 100_000, wait: Duration::from_millis(20) };
-        loop {
-            let some = reader.poll(&limit).await.unwrap();
-            if some.is_empty() && reader.at_end().await.unwrap() {
-                return all;
-            }
-            all.extend(some);
+        while !reader.at_end() {
+            all.extend(reader.poll(&limit).await.unwrap());
         }
+        all
     }
 
     /// Change events of a topic so far, without tombstones.
