@@ -49,9 +49,7 @@ impl Consume {
         let decoder = EventDecoder::new(open_registry(&settings, Access::Read)?.registry);
         let stop = if self.follow { StopAt::Never } else { StopAt::End };
         let mut reader = log.reader(&self.topic, self.from, stop).await.map_err(|error| match error {
-            LogError::UnknownTopic(_) => {
-                CliError::from(error).hint("'tidegate topics' lists the topics there are")
-            }
+            LogError::UnknownTopic(_) => CliError::from(error).hint("'tidegate topics' lists the topics there are"),
             error => error.into(),
         })?;
         let limit = PollLimit { bytes: 1 << 20, records: 500, wait: Duration::from_millis(500) };

@@ -106,6 +106,9 @@ fn text(report: &StatusReport) -> String {
             orphan.name, orphan.since, orphan.name
         ));
     }
+    for loss in &report.losses {
+        text.push_str(&format!("\n{loss}; 'tidegate connectors reset' starts it anew\n"));
+    }
     for system in report.systems.iter().filter(|system| system.breaker != "closed") {
         text.push_str(&format!("\nsystem {}: its breaker is {}\n", system.name, system.breaker));
     }

@@ -7,9 +7,11 @@ use serde_json::json;
 
 use super::output::{self, Table};
 use super::{CliError, Global};
-use crate::worker::{Access, open_log};
+use crate::worker::{Access, LossReport, open_log};
 
 /// List the topics of the log, with their partitions, offsets and size
+///
+/// Says below the list what retention took before a consumer group had read it, and from which group.
 #[derive(Args)]
 #[command(after_help = "\
 Examples:
@@ -28,6 +30,8 @@ impl Topics {
         let mut topics = log.topics().await?;
         topics.retain(|topic| topic.name.contains(&filter));
         topics.sort_by(|a, b| a.name.cmp(&b.name));
+        let mut losses: Vec<LossReport> = log.losses().await?.iter().map(LossReport::from).collect();
+        losses.retain(|loss| loss.topic.contains(&filter));
         if global.json() {
             let topics: Vec<_> = topics
                 .iter()
@@ -37,7 +41,8 @@ impl Topics {
                         .iter()
                         .map(|it| json!({ "partition": it.partition, "first": it.first.0, "next": it.next.0, "bytes": it.bytes }))
                         .collect();
-                    json!({ "name": topic.name, "partitions": partitions, "settings": topic.settings })
+                    let lost: Vec<_> = losses.iter().filter(|loss| loss.topic == topic.name).collect();
+                    json!({ "name": topic.name, "partitions": partitions, "settings": topic.settings, "lost": lost })
                 })
                 .collect();
             output::print_json(&topics)?;
@@ -57,7 +62,9 @@ impl Topics {
                 size.map_or("-".to_owned(), output::bytes),
             ]);
         }
-        output::print(&table.text())?;
+        let mut text = table.text();
+        losses.iter().for_each(|loss| text.push_str(&format!("\n{loss}\n")));
+        output::print(&text)?;
         Ok(ExitCode::SUCCESS)
     }
 }

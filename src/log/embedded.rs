@@ -38,8 +38,8 @@ use self::groups::Groups;
 use self::read::{Consumer, Cursor, News, Reader};
 use crate::event::{Offset, RecordBatch, TopicPartition};
 use crate::log::{
-    Log, LogConsumer, LogError, LogReader, LogWriter, PartitionInfo, PartitionLag, StartAt, StopAt, Ticket, TopicInfo,
-    TopicSpec,
+    Log, LogConsumer, LogError, LogReader, LogWriter, Loss, PartitionInfo, PartitionLag, StartAt, StopAt, Ticket,
+    TopicInfo, TopicSpec,
 };
 
 #[derive(Clone, Debug)]
@@ -425,11 +425,16 @@ impl Log for EmbeddedLog {
             .await?;
         all.extend(chosen);
         self.register_group(group, &all).await?;
-        self.ask(|reply| Command::CommitOffsets { group: group.to_owned(), offsets, reply }).await
+        self.ask(|reply| Command::CommitOffsets { group: group.to_owned(), offsets, reply }).await?;
+        self.ask(|reply| Command::ForgetLosses { group: group.to_owned(), reply }).await
     }
 
     async fn register_group(&self, group: &str, topics: &[String]) -> Result<(), LogError> {
         self.ask(|reply| Command::RegisterGroup { group: group.to_owned(), topics: topics.to_vec(), reply }).await
+    }
+
+    async fn losses(&self) -> Result<Vec<Loss>, LogError> {
+        self.pool.run(retention::losses).await
     }
 
     async fn remove_group(&self, group: &str) -> Result<(), LogError> {

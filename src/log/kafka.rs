@@ -32,7 +32,7 @@ pub use self::settings::KafkaSettings;
 use self::writer::Producing;
 use crate::event::{Offset, TopicPartition};
 use crate::log::{
-    Log, LogConsumer, LogError, LogReader, LogWriter, PartitionInfo, PartitionLag, StartAt, StopAt, TopicInfo,
+    Log, LogConsumer, LogError, LogReader, LogWriter, Loss, PartitionInfo, PartitionLag, StartAt, StopAt, TopicInfo,
     TopicSpec,
 };
 
@@ -146,12 +146,16 @@ impl Inside {
         blocking(ANSWER_WAIT * 3, move || {
             let ask = |at: rdkafka::Offset| {
                 let list = list_of(places.iter().map(|place| (place, at)))?;
-                inside.asking.offsets_for_times(list, ANSWER_WAIT).map_err(|e| inside.fault(&e))
+                let answer = coordinated(|| {
+                    let answer = inside.asking.offsets_for_times(list.clone(), ANSWER_WAIT)?;
+                    answer.elements().iter().try_for_each(|element| element.error())?;
+                    Ok(answer)
+                });
+                answer.map_err(|e| inside.fault(&e))
             };
             let answer = ask(at)?;
             let mut found = BTreeMap::new();
             for element in answer.elements() {
-                element.error().map_err(|e| inside.fault(&e))?;
                 if let rdkafka::Offset::Offset(offset) = element.offset() {
                     found.insert(TopicPartition::new(element.topic(), element.partition()), Offset(offset));
                 }
@@ -239,9 +243,9 @@ impl Inside {
     }
 }
 
-/// Asks a group's coordinator again while it is starting.
+/// Asks again while a group's coordinator, or the leader of a topic made just now, is starting.
 fn coordinated<T>(ask: impl Fn() -> Result<T, KafkaError>) -> Result<T, KafkaError> {
-    use RDKafkaErrorCode::{CoordinatorLoadInProgress, CoordinatorNotAvailable, NotCoordinator};
+    use RDKafkaErrorCode as Code;
     let give_up = Instant::now() + ANSWER_WAIT;
     loop {
         match ask() {
@@ -249,7 +253,13 @@ fn coordinated<T>(ask: impl Fn() -> Result<T, KafkaError>) -> Result<T, KafkaErr
                 if Instant::now() < give_up
                     && matches!(
                         error.rdkafka_error_code(),
-                        Some(CoordinatorLoadInProgress | CoordinatorNotAvailable | NotCoordinator)
+                        Some(
+                            Code::CoordinatorLoadInProgress
+                                | Code::CoordinatorNotAvailable
+                                | Code::NotCoordinator
+                                | Code::NotLeaderForPartition
+                                | Code::LeaderNotAvailable
+                        )
                     ) =>
             {
                 std::thread::sleep(Duration::from_millis(100));
@@ -464,6 +474,10 @@ impl Log for KafkaLog {
     async fn register_group(&self, group: &str, topics: &[String]) -> Result<(), LogError> {
         self.inside.group(group, topics)?;
         Ok(())
+    }
+
+    async fn losses(&self) -> Result<Vec<Loss>, LogError> {
+        Ok(Vec::new())
     }
 
     async fn remove_group(&self, group: &str) -> Result<(), LogError> {

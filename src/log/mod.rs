@@ -61,6 +61,10 @@ pub trait Log: Send + Sync + 'static {
     /// Registers a group so that retention keeps what it has not read, before its first read.
     async fn register_group(&self, group: &str, topics: &[String]) -> Result<(), LogError>;
 
+    /// What retention took before a registered group had read it, until the group is reset or removed. Kafka's
+    /// retention knows no groups: there it is always empty.
+    async fn losses(&self) -> Result<Vec<Loss>, LogError>;
+
     /// Forgets the group and its offsets.
     async fn remove_group(&self, group: &str) -> Result<(), LogError>;
 
@@ -189,6 +193,16 @@ pub struct PartitionInfo {
     pub next: Offset,
     /// Bytes on disk, where the log knows.
     pub bytes: Option<u64>,
+}
+
+/// Records that a group will never read, of all partitions of a topic.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Loss {
+    pub group: String,
+    pub topic: String,
+    pub records: u64,
+    /// When the last of them went, ms since 1970.
+    pub at_ms: i64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

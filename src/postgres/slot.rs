@@ -57,6 +57,41 @@ pub async fn find(session: &mut Session, name: &str) -> Result<Option<Slot>, Pos
     }))
 }
 
+/// Takes the slot for this session, for as long as the session lasts: by an advisory lock, since the server itself
+/// keeps others away only while the slot is streamed from, not while it is made and its snapshot is read.
+/// `Some`: another session has it; who that is.
+pub async fn hold(session: &mut Session, name: &str) -> Result<Option<String>, PostgresError> {
+    let key = format!("hashtextextended({}, 0)", literal(&format!("tidegate slot {name}")));
+    let held = session.query(&format!("SELECT pg_try_advisory_lock({key})::text"), DEADLINE).await?;
+    if held.first().and_then(|row| row.first()?.as_deref()) == Some("true") {
+        return Ok(None);
+    }
+    // A key of 64 bits is shown in two halves.
+    let sql = format!(
+        "SELECT {WHO} FROM pg_locks l JOIN pg_stat_activity a USING (pid) WHERE l.locktype = 'advisory' AND l.granted \
+         AND l.objsubid = 1 AND (l.classid::bigint << 32 | l.objid::bigint) = {key}"
+    );
+    Ok(Some(who(session, &sql).await?))
+}
+
+/// Who streams from the slot.
+pub async fn user(session: &mut Session, name: &str) -> Result<String, PostgresError> {
+    let sql = format!(
+        "SELECT {WHO} FROM pg_replication_slots s JOIN pg_stat_activity a ON a.pid = s.active_pid WHERE s.slot_name = {}",
+        literal(name)
+    );
+    who(session, &sql).await
+}
+
+const WHO: &str = "format('process %s, \"%s\" from %s, since %s', a.pid, a.application_name, \
+                   coalesce(host(a.client_addr), 'the same machine'), date_trunc('second', a.backend_start))";
+
+async fn who(session: &mut Session, sql: &str) -> Result<String, PostgresError> {
+    let rows = session.query(sql, DEADLINE).await?;
+    let found = rows.into_iter().next().and_then(|row| row.into_iter().next().flatten());
+    Ok(found.unwrap_or_else(|| "a session that has just ended".to_owned()))
+}
+
 /// Drops the slot where it is there, waiting shortly for a walsender of ours that has not ended yet.
 pub async fn drop_slot(session: &mut Session, name: &str) -> Result<(), PostgresError> {
     let name = literal(name);

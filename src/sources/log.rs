@@ -228,8 +228,10 @@ impl Source for LogSource {
     }
 
     async fn tick(&mut self, paused: bool) -> Result<(), Fault> {
-        if paused && self.consumer.is_some() {
-            // A member that does not poll is put out of its group.
+        if paused {
+            // A member that does not poll is put out of its group, and a log may forget the offsets of a group that
+            // has no members: one that is paused from the start joins it too.
+            self.consumer().await?;
             self.set_paused(true).await?;
             let limit = PollLimit { bytes: 1, records: 1, wait: Duration::from_millis(1) };
             let polled = self.consumer().await?.poll(&limit).await.map_err(fault)?;

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use crate::log::{Log, LogConsumer, LogError, LogReader, LogWriter, PartitionLag, StartAt, StopAt, TopicInfo, TopicSpec};
+use crate::log::{
+    Log, LogConsumer, LogError, LogReader, LogWriter, Loss, PartitionLag, StartAt, StopAt, TopicInfo, TopicSpec,
+};
 use crate::registry::{Registry, RegistryError, SchemaId};
 
 pub struct AbsentLog;
@@ -45,6 +47,10 @@ impl Log for AbsentLog {
     }
 
     async fn group_lag(&self, _: &str) -> Result<Vec<PartitionLag>, LogError> {
+        Ok(Vec::new())
+    }
+
+    async fn losses(&self) -> Result<Vec<Loss>, LogError> {
         Ok(Vec::new())
     }
 

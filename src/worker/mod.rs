@@ -30,7 +30,7 @@ use state::State;
 
 pub use keeper::Keeper;
 pub use kinds::World;
-pub use report::{ConnectorReport, Health, Orphan, StatusReport, Trouble};
+pub use report::{ConnectorReport, Health, LossReport, Orphan, StatusReport, Trouble};
 pub use resources::{Access, OpenError, Resources, open_log, open_registry};
 pub use roster::{FileProblem, Loaded, load};
 pub use settings::{LogSettings, RegistrySettings, RestSettings, WorkerSettings};

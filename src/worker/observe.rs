@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use metrics::{counter, gauge};
 
-use super::report::{SystemReport, state_name};
+use super::report::{LossReport, SystemReport, state_name};
 use super::resources::Resources;
 use crate::pipeline::{ConnectorState, Status};
 use crate::systems::{BreakerState, System};
@@ -43,6 +43,7 @@ struct Inside {
     connectors: BTreeMap<String, Track>,
     systems: Vec<SystemReport>,
     dead_letters: BTreeMap<String, u64>,
+    losses: Vec<LossReport>,
     lags_asked: Option<Instant>,
     dead_letters_asked: Option<Instant>,
     progress_told: Option<Instant>,
@@ -94,6 +95,10 @@ impl Observer {
 
     pub fn dead_letters(&self) -> BTreeMap<String, u64> {
         self.lock().dead_letters.clone()
+    }
+
+    pub fn losses(&self) -> Vec<LossReport> {
+        self.lock().losses.clone()
     }
 
     /// Connectors as (name, status, consumer groups).
@@ -179,9 +184,6 @@ impl Observer {
             .filter(|(_, _, groups)| !groups.is_empty())
             .map(|(name, _, groups)| (name.clone(), groups.clone()))
             .collect();
-        if groups.is_empty() {
-            return;
-        }
         inside.asking_lags = true;
         let (log, shared) = (resources.log.clone(), self.inside.clone());
         // Bounded by its deadline, and never more than one: `asking_lags` is its owner's mark.
@@ -207,7 +209,15 @@ impl Observer {
                     track.lag_events = events;
                 }
             }
+            // Of all groups: the one of a connector without a file is the likeliest to lose records.
+            let losses = tokio::time::timeout(QUESTION, log.losses()).await;
             let mut inside = shared.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Ok(Ok(losses)) = losses {
+                let gauge = |of: &LossReport| gauge!("tidegate_log_lost_records", "group" => of.group.clone(), "topic" => of.topic.clone());
+                inside.losses.iter().for_each(|gone| gauge(gone).set(0.0));
+                inside.losses = losses.iter().map(LossReport::from).collect();
+                inside.losses.iter().for_each(|loss| gauge(loss).set(loss.records as f64));
+            }
             inside.asking_lags = false;
             inside.lags_asked = Some(Instant::now());
         });

@@ -11,6 +11,7 @@ use serde_json::Value;
 use super::observe::Observer;
 use super::resources::Resources;
 use super::roster::Roster;
+use crate::log::Loss;
 use crate::pipeline::ConnectorState;
 
 /// A connector may take this long to start before health calls it stuck.
@@ -30,6 +31,35 @@ pub struct StatusReport {
     pub systems: Vec<SystemReport>,
     /// Dead letters by connector, where the datastore could be asked.
     pub dead_letters: BTreeMap<String, u64>,
+    /// What the log's retention took before a group had read it, until the group is reset or removed.
+    pub losses: Vec<LossReport>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LossReport {
+    pub group: String,
+    pub topic: String,
+    pub records: u64,
+    /// When the last of them went.
+    pub at: String,
+}
+
+impl From<&Loss> for LossReport {
+    fn from(loss: &Loss) -> Self {
+        let at = DateTime::<Utc>::from_timestamp_millis(loss.at_ms).unwrap_or_default();
+        let at = at.to_rfc3339_opts(SecondsFormat::Millis, true);
+        LossReport { group: loss.group.clone(), topic: loss.topic.clone(), records: loss.records, at }
+    }
+}
+
+impl std::fmt::Display for LossReport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "group '{}' lost {} records of {}, the last at {}: the log was at its size limit before they were read",
+            self.group, self.records, self.topic, self.at
+        )
+    }
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -149,6 +179,7 @@ pub(super) fn status(roster: &Roster, observer: &Observer, resources: &Resources
         orphans,
         systems: observer.systems(),
         dead_letters: observer.dead_letters(),
+        losses: observer.losses(),
     }
 }
 

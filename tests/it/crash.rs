@@ -201,6 +201,36 @@ async fn a_worker_killed_while_it_captures_into_kafka_loses_nothing_and_keeps_or
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_second_worker_of_a_capture_waits_says_why_and_goes_on_when_the_first_is_killed() {
+    let broker = Kafka::shared().await;
+    let database = Postgres::shared(Version::Distribution).await.database("two_workers").await;
+    let writer = Writer::start(&database).await;
+    let [first, second] = [(); 2].map(|()| Workshop::new(&database.url(), WorkerLog::Kafka(&broker.bootstrap()), ""));
+    first.capture(&database.name, "public.counters");
+    let running = first.start().await;
+    until_streaming(&first, &database).await;
+    second.capture(&database.name, "public.counters");
+    let waiting = second.start().await;
+    let seen = eventually(SOON, "the second one waits", async || {
+        let seen = second.connector_status(&database.name).await;
+        if seen["state"] == "WAITING" { Ok(seen["last_error"]["message"].to_string()) } else { Err(seen.to_string()) }
+    })
+    .await;
+    assert!(seen.contains("is in use by another (process ") && seen.contains("hint:"), "{seen}");
+    let (code, health) = second.get("/health/ready").await;
+    assert!(code == 503 && health.to_string().contains("in use by another"), "{code} {health}");
+    until_written(&writer, 200).await;
+    assert_eq!(first.connector_status(&database.name).await["state"], "RUNNING", "{}", running.log_end(20));
+    running.kill9().await;
+    until_streaming(&second, &database).await;
+    until_written(&writer, 250).await;
+    writer.stop().await;
+    check(&second, &database, Twice::Allowed).await;
+    second.until_state(&database.name, "RUNNING").await;
+    assert_eq!(waiting.exited(), None, "{}", waiting.log_end(20));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn topics_of_pgbench_folded_by_key_are_its_tables_on_both_logs() {
     const SECONDS: u64 = 30;
     let database = Postgres::shared(Version::Distribution).await.database("pgbench").await;

@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use tidegate::event::{HeaderSet, Offset, RecordBatch, TopicPartition};
 use tidegate::log::{ConsumedRecord, KafkaLog, KafkaSettings, Log, LogError, PollLimit, Polled, StartAt, TopicSpec};
+use tidegate::pipeline::Source as _;
+use tidegate::sources::log::{Batching, LogSource};
 
 use crate::log_conformance::{DEADLINE, LIMIT, batch, consume_count, done, read_all, text, topic, write_numbers};
 use crate::support::{Kafka, eventually};
@@ -200,6 +202,80 @@ async fn retention_that_took_unread_records_is_an_error_until_the_group_is_reset
     let mut consumer = log.consumer(&group, &topics).await.unwrap();
     assert_eq!(consume_count(&mut *consumer, 4).await[0].offset, Offset(6));
     consumer.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn offsets_that_stand_still_are_committed_again() {
+    let mut settings = KafkaSettings::new(&Kafka::shared().await.bootstrap());
+    settings.recommit_after = Duration::from_millis(200);
+    let log = KafkaLog::open(settings).await.unwrap();
+    let name = format!("still.{}", uuid::Uuid::new_v4().simple());
+    log.ensure_topic(&topic(&name, 2)).await.unwrap();
+    write_numbers(&log, &name, 0, 20, 20).await;
+    let mut consumer = log.consumer(&name, std::slice::from_ref(&name)).await.unwrap();
+    let records = consume_count(&mut *consumer, 20).await;
+    consumer.commit(&done(&records)).await.unwrap();
+    let stood = log.group_lag(&name).await.unwrap();
+    // What the broker keeps of the group's commits, one record a partition and commit.
+    let commits = async || {
+        let kept = read_all(&log, "__consumer_offsets").await;
+        let of_group = |record: &&ConsumedRecord| {
+            let key = record.key.as_deref().unwrap_or_default();
+            key.starts_with(&[0, 1]) && key.windows(name.len()).any(|part| part == name.as_bytes())
+        };
+        kept.iter().filter(of_group).count()
+    };
+    let before = commits().await;
+    assert!(before >= 2, "{before}");
+    // The member rests by itself after a while; then it is paused for good.
+    eventually(DEADLINE, "committed again while nobody asks", async || commits().await >= before + 2).await;
+    consumer.set_paused(true).await.unwrap();
+    let before = commits().await;
+    eventually(DEADLINE, "committed again while paused", async || commits().await >= before + 2).await;
+    assert_eq!(log.group_lag(&name).await.unwrap(), stood, "and stand where they stood");
+    consumer.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_position_is_read_beside_another_source_that_never_stops() {
+    let kafka = Kafka::shared().await;
+    let mut settings = KafkaSettings::new(&kafka.bootstrap());
+    settings.positions_topic = format!("positions.{}", uuid::Uuid::new_v4().simple());
+    let log = KafkaLog::open(settings.clone()).await.unwrap();
+    let mut mine = log.writer("mine").await.unwrap();
+    mine.append(RecordBatch::new(), Some(b"here".to_vec())).await.unwrap().await.unwrap();
+    let busy = {
+        let mut writer = log.writer("busy").await.unwrap();
+        tokio::spawn(async move {
+            loop {
+                writer.append(RecordBatch::new(), Some(b"on".to_vec())).await.unwrap().await.unwrap();
+            }
+        })
+    };
+    for _ in 0..5 {
+        let read = tokio::time::timeout(DEADLINE, log.position("mine")).await.expect("it ends").unwrap();
+        assert_eq!(read.as_deref(), Some(b"here".as_slice()));
+    }
+    busy.abort();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_source_that_is_paused_from_the_start_is_a_member_of_its_group() {
+    let log: Arc<dyn Log> = Arc::new(open(Kafka::shared().await).await);
+    let name = format!("asleep.{}", uuid::Uuid::new_v4().simple());
+    log.ensure_topic(&topic(&name, 1)).await.unwrap();
+    write_numbers(&*log, &name, 0, 5, 1).await;
+    let topics = vec![name.clone()];
+    let mut source = LogSource::new(log.clone(), &*name, topics.clone(), Batching::default(), Arc::default());
+    eventually(DEADLINE, "a member that reads nothing", async || {
+        source.tick(true).await.unwrap();
+        let refused = log.reset_group(&name, &topics, StartAt::Beginning).await;
+        matches!(refused, Err(LogError::Invalid(text)) if text.contains("running consumers"))
+    })
+    .await;
+    let batch = tokio::time::timeout(DEADLINE, source.next()).await.unwrap().unwrap();
+    assert_eq!(batch.body.first().map(|record| record.offset), Some(Offset(0)));
+    source.close().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use serde_json::Value;
+use tidegate::log::{EmbeddedLog, EmbeddedSettings, Log as _};
 
-use crate::support::{Postgres, Version, WorkerLog, Workshop, eventually};
+use crate::log_conformance::{topic, write_numbers};
+use crate::support::{Postgres, Version, WorkerLog, Workshop, eventually, http};
 
 const SOON: Duration = Duration::from_secs(30);
 
@@ -42,6 +44,36 @@ impl Shop {
         })
         .await
     }
+}
+
+#[tokio::test]
+async fn what_the_size_limit_took_unread_is_shown_until_somebody_acts() {
+    let shop = shop("losses").await;
+    let workshop = &shop.workshop;
+    let mut settings = EmbeddedSettings::new(workshop.path().join("data"));
+    (settings.size_limit, settings.retention_interval) = (5000, Duration::from_millis(20));
+    let log = EmbeddedLog::open(settings).unwrap();
+    log.ensure_topic(&topic("rows", 1)).await.unwrap();
+    log.register_group("tidegate.slow", &["rows".into()]).await.unwrap();
+    for from in 0..20 {
+        write_numbers(&log, "rows", from * 100, 100, 1).await;
+    }
+    let lost = eventually(SOON, "unread records go", async || log.losses().await.unwrap().first().map(|it| it.records));
+    assert!(lost.await >= 100);
+    log.close().await.unwrap();
+    drop(log);
+
+    let told = "group 'tidegate.slow' lost ";
+    let topics = workshop.ask(["topics"]).await;
+    assert!(topics.contains(told), "{topics}");
+    let _worker = workshop.start().await;
+    eventually(SOON, "status and metrics", async || {
+        let status = workshop.ask(["status"]).await;
+        let metrics = http().get(workshop.url("/metrics")).send().await.unwrap().text().await.unwrap();
+        let shown = metrics.lines().any(|line| line.starts_with("tidegate_log_lost_records{group=\"tidegate.slow\""));
+        if status.contains(told) && shown { Ok(()) } else { Err(format!("{status}\n{metrics}")) }
+    })
+    .await;
 }
 
 #[tokio::test]

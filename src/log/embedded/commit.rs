@@ -62,6 +62,10 @@ pub(super) enum Command {
         group: String,
         reply: Reply<()>,
     },
+    ForgetLosses {
+        group: String,
+        reply: Reply<()>,
+    },
     CommitOffsets {
         group: String,
         offsets: BTreeMap<TopicPartition, Offset>,
@@ -308,6 +312,10 @@ impl Committer {
                 Command::RemoveGroup { group, reply } => {
                     answers.push(Box::new(move |result| drop(reply.send(result))));
                     remove_group(&self.conn, &group)
+                }
+                Command::ForgetLosses { group, reply } => {
+                    answers.push(Box::new(move |result| drop(reply.send(result))));
+                    retention::forget_losses(&self.conn, &group)
                 }
                 Command::CommitOffsets { group, offsets, reply } => {
                     answers.push(Box::new(move |result| drop(reply.send(result))));
@@ -583,7 +591,7 @@ fn register_group(conn: &Connection, group: &str, topics: &[String]) -> rusqlite
 fn remove_group(conn: &Connection, group: &str) -> rusqlite::Result<()> {
     conn.execute("DELETE FROM group_offsets WHERE group_name = ?1", [group])?;
     conn.execute("DELETE FROM group_topics WHERE group_name = ?1", [group])?;
-    Ok(())
+    retention::forget_losses(conn, group)
 }
 
 /// Where a group stands in each partition it knows: its committed offset, or where it was registered.
@@ -616,6 +624,7 @@ fn refuse(command: Command, error: &LogError) {
         Command::EnsureTopic { reply, .. }
         | Command::RegisterGroup { reply, .. }
         | Command::RemoveGroup { reply, .. }
+        | Command::ForgetLosses { reply, .. }
         | Command::CommitOffsets { reply, .. }
         | Command::Close { reply } => drop(reply.send(Err(error))),
     }

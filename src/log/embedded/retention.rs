@@ -1,6 +1,7 @@
 //! What the embedded log removes, and when. Age and size of a topic remove only what every registered group has
 //! read. The size limit of the whole log removes the oldest records, read ones first; where it has to take what a
-//! group has not read, it says what was lost to whom: in the log output, in a metric and in the table `losses`.
+//! group has not read, it says what was lost to whom: in the log output and in the table `losses`, which `tidegate topics`,
+//! `tidegate status` and a metric show.
 //!
 //! Works in slices, so that commits are never held up for long.
 
@@ -11,7 +12,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 use super::EmbeddedSettings;
 use super::catalog::{Catalog, Topic};
 use super::database::reading;
-use crate::log::LogError;
+use crate::log::{LogError, Loss};
 
 /// How long one slice may take.
 const SLICE: Duration = Duration::from_millis(20);
@@ -155,8 +156,6 @@ fn say_lost(
              raise 'size.limit', or let '{group}' run",
             settings.size_limit
         );
-        metrics::counter!("tidegate_log_lost_records_total", "group" => group.clone(), "topic" => topic.name.to_string())
-            .increment(records as u64);
         conn.prepare_cached(
             "INSERT INTO losses (at_ms, group_name, topic, partition, first, last, records)
              VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
@@ -164,6 +163,25 @@ fn say_lost(
         .execute(params![now_ms, group, &*topic.name, partition, first, chunk.last, records])?;
     }
     Ok(())
+}
+
+/// What was lost to whom, and not forgotten since.
+pub(super) fn losses(conn: &Connection) -> Result<Vec<Loss>, LogError> {
+    let read = || -> rusqlite::Result<Vec<Loss>> {
+        conn.prepare_cached(
+            "SELECT group_name, topic, sum(records), max(at_ms) FROM losses GROUP BY group_name, topic ORDER BY 1, 2",
+        )?
+        .query_map([], |row| {
+            let records = row.get::<_, i64>(2)?.max(0) as u64;
+            Ok(Loss { group: row.get(0)?, topic: row.get(1)?, records, at_ms: row.get(3)? })
+        })?
+        .collect()
+    };
+    read().map_err(reading)
+}
+
+pub(super) fn forget_losses(conn: &Connection, group: &str) -> rusqlite::Result<()> {
+    conn.execute("DELETE FROM losses WHERE group_name = ?1", [group]).map(drop)
 }
 
 fn oldest_chunk(conn: &Connection, topic: i64, partition: i32) -> rusqlite::Result<Option<Oldest>> {

@@ -7,6 +7,8 @@
 //!   an offset that retention has removed is said and never skipped.
 //! * A revocation is shown by one poll and carried out by the next one, so that what is in flight may be finished
 //!   and committed in between; a member that does not poll again loses the partitions all the same in the end.
+//! * Offsets that stand still, because the member is paused, waits, or has nothing to read, are committed again before
+//!   Kafka forgets them (CORRECTNESS 10).
 //! * The invariant: records are handed out once, in order. An answer lies in a slot that both ends reach until it is
 //!   taken, and whoever takes it returns it without another wait, so that a poll dropped at any moment loses nothing.
 
@@ -56,6 +58,8 @@ pub(super) fn join(inside: Arc<Inside>, group: &str, topics: &[String]) -> Resul
         gatherer: Gatherer::default(),
         held: VecDeque::new(),
         assigned: BTreeSet::new(),
+        committed: BTreeMap::new(),
+        committed_at: Instant::now(),
         to_assign: None,
         revoking: None,
         out_of_range: None,
@@ -200,6 +204,9 @@ struct Actor {
     /// Read and not handed out.
     held: VecDeque<ConsumedRecord>,
     assigned: BTreeSet<TopicPartition>,
+    /// The group's offsets in what is assigned, as far as it has any; and when they were committed last.
+    committed: BTreeMap<TopicPartition, Offset>,
+    committed_at: Instant,
     to_assign: Option<Vec<TopicPartition>>,
     revoking: Option<Revoking>,
     /// Said again until the consumer is rewound: librdkafka says it once.
@@ -233,6 +240,7 @@ impl Actor {
                 Err(RecvTimeoutError::Timeout) => self.rest(),
                 Err(RecvTimeoutError::Disconnected) => break,
             }
+            self.commit_again();
         }
         let member = self.consumer.context();
         member.closing.store(true, Ordering::Release);
@@ -383,8 +391,9 @@ impl Actor {
         }
     }
 
-    fn assign(&self, places: &[TopicPartition]) -> Result<(), LogError> {
+    fn assign(&mut self, places: &[TopicPartition]) -> Result<(), LogError> {
         let list = self.standing(places.iter())?;
+        self.committed.extend(offsets_of(&list));
         let assigned = match self.consumer.rebalance_protocol() {
             RebalanceProtocol::Cooperative => self.consumer.incremental_assign(&list),
             _ => self.consumer.assign(&list),
@@ -427,6 +436,7 @@ impl Actor {
         }
         for place in &revoking.places {
             self.assigned.remove(place);
+            self.committed.remove(place);
         }
         // What came in since the revocation was shown belongs to another member now.
         self.let_go(&revoking.places);
@@ -461,7 +471,25 @@ impl Actor {
         if list.count() == 0 {
             return Ok(());
         }
-        self.consumer.commit(&list, CommitMode::Sync).map_err(|e| self.fault(&e))
+        self.consumer.commit(&list, CommitMode::Sync).map_err(|e| self.fault(&e))?;
+        self.committed.extend(offsets_of(&list));
+        self.committed_at = Instant::now();
+        Ok(())
+    }
+
+    /// Commits offsets that stand still once more, in time. Not waited for: the next time is long before they expire.
+    fn commit_again(&mut self) {
+        if self.committed.is_empty() || self.committed_at.elapsed() < self.inside.settings.recommit_after {
+            return;
+        }
+        self.committed_at = Instant::now();
+        let staying = self.staying();
+        let still = self.committed.iter().filter(|(place, _)| staying.contains(place));
+        let again = list_of(still.map(|(place, offset)| (place, rdkafka::Offset::Offset(offset.0))))
+            .and_then(|list| self.consumer.commit(&list, CommitMode::Async).map_err(|e| self.fault(&e)));
+        if let Err(error) = again {
+            tracing::debug!(group = self.group, "offsets not committed again: {error}");
+        }
     }
 
     fn set_paused(&mut self, paused: bool) -> Result<(), LogError> {

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use rdkafka::Message as _;
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 
@@ -51,7 +52,8 @@ pub(super) fn open(
     if let Some(until) = &until {
         from.retain(|place, offset| until.get(place).is_some_and(|end| *offset < *end));
     }
-    let open = until.map(|until| from.keys().filter_map(|place| Some((place.partition, until.get(place)?.0))).collect());
+    let open =
+        until.map(|until| from.keys().filter_map(|place| Some((place.partition, until.get(place)?.0))).collect());
     let list = list_of(from.iter().map(|(place, offset)| (place, rdkafka::Offset::Offset(offset.0))))?;
     consumer.assign(&list).map_err(|e| fault(&e, &told))?;
     let state = State {

@@ -25,6 +25,9 @@ pub struct KafkaSettings {
     pub in_flight_bytes: usize,
     /// Records that wait this long without any being acknowledged mean that Kafka is away.
     pub unavailable_after: Duration,
+    /// A group's offsets are committed again when they have not moved for this long: Kafka forgets offsets that are
+    /// not (`offsets.retention.minutes`).
+    pub recommit_after: Duration,
 }
 
 /// Values never shown: settings may hold passwords.
@@ -64,6 +67,7 @@ impl KafkaSettings {
             positions_replication_factor: None,
             in_flight_bytes: 64 << 20,
             unavailable_after: Duration::from_secs(5),
+            recommit_after: Duration::from_secs(3600),
         }
     }
 

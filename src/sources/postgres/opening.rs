@@ -19,13 +19,16 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use crate::event::{CapturePosition, Lsn, Oid, SnapshotProgress, Table};
-use crate::pipeline::{Fault, Status};
+use crate::pipeline::{Fault, FaultKind, Status};
 use crate::postgres::catalog::{self, CatalogTable, ServerFacts};
 use crate::postgres::replication::{self, Acknowledged, Chunks, SystemIdentity};
 use crate::postgres::snapshot::{Rewritten, SnapshotReader};
 use crate::postgres::{Address, PostgresError, Purpose, Session, publication, slot};
 
 use super::settings::{CaptureSettings, SnapshotMode};
+
+/// How soon a slot that another has is asked for again.
+const TAKEN: Duration = Duration::from_secs(1);
 
 impl From<PostgresError> for Fault {
     fn from(error: PostgresError) -> Self {
@@ -143,6 +146,9 @@ impl Opening {
             return Err(Fault::stop(format!("{problem}. hint: {sql}")));
         }
         let system = replication::identify_system(&mut session).await?;
+        if let Some(holder) = slot::hold(&mut session, &self.settings.slot).await? {
+            return Err(self.taken(&holder));
+        }
         let found = slot::find(&mut session, &self.settings.slot).await?;
         if let Some(found) = &found
             && (found.plugin != "pgoutput" || found.database != facts.database)
@@ -226,12 +232,30 @@ impl Opening {
         self.stream(session, position).await
     }
 
+    /// Passing: the other may end, or be our own connection that the server has not missed yet.
+    fn taken(&self, holder: &str) -> Fault {
+        let message = format!(
+            "replication slot '{}' is in use by another ({holder}): only one worker may run a capture. hint: stop that \
+             one; or give this connector another name, slot.name and topic.prefix; this one waits",
+            self.settings.slot
+        );
+        Fault { kind: FaultKind::Retry { after: Some(TAKEN) }, message }
+    }
+
     /// Starts the stream behind `position`.
     async fn stream(self, mut session: Session, position: CapturePosition) -> Result<Opened, Fault> {
         let durable = self.stored.as_ref().map_or(position.commit_end, |stored| stored.commit_end);
         let settings = &self.settings;
-        replication::start_replication(&mut session, &settings.slot, position.commit_end, &settings.publication)
-            .await?;
+        let started =
+            replication::start_replication(&mut session, &settings.slot, position.commit_end, &settings.publication);
+        if let Err(error) = started.await {
+            if error.code() != Some("55006") {
+                return Err(error.into());
+            }
+            // Not one of ours: it has the slot without holding it. This session ends with the error.
+            let mut asking = self.address.connect(Purpose::Sql).await?;
+            return Err(self.taken(&slot::user(&mut asking, &settings.slot).await?));
+        }
         let acknowledged = Acknowledged::new(durable);
         let stop = CancellationToken::new();
         let (chunks, task) = replication::spawn_stream(session, acknowledged.clone(), stop.clone());
