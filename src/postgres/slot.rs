@@ -57,9 +57,9 @@ pub async fn find(session: &mut Session, name: &str) -> Result<Option<Slot>, Pos
     }))
 }
 
-/// Takes the slot for this session, for as long as the session lasts: by an advisory lock, since the server itself
+/// Takes the slot for this connection, for as long as it lasts: by an advisory lock, since the server itself
 /// keeps others away only while the slot is streamed from, not while it is made and its snapshot is read.
-/// `Some`: another session has it; who that is.
+/// `Some`: another connection has it; who that is.
 pub async fn hold(session: &mut Session, name: &str) -> Result<Option<String>, PostgresError> {
     let key = format!("hashtextextended({}, 0)", literal(&format!("tidegate slot {name}")));
     let held = session.query(&format!("SELECT pg_try_advisory_lock({key})::text"), DEADLINE).await?;

@@ -252,7 +252,7 @@ impl Opening {
             if error.code() != Some("55006") {
                 return Err(error.into());
             }
-            // Not one of ours: it has the slot without holding it. This session ends with the error.
+            // Not one of ours: it has the slot without holding it. This connection ends with the error.
             let mut asking = self.address.connect(Purpose::Sql).await?;
             return Err(self.taken(&slot::user(&mut asking, &settings.slot).await?));
         }
