@@ -11,14 +11,20 @@
 //! one attempt. A cycle of rows that wait for each other's links ends as dead letters; create without the
 //! reference there, and send it with an update: `if $link then {parent: link("party"; .after.parent_id).id} else {} end`.
 
+mod answered;
+mod changes;
 mod dead_letters;
+mod decide;
 mod deliver;
 mod expressions;
 mod intake;
 mod outcome;
 mod ownership;
+mod parking;
 mod preview;
+mod rekey;
 mod resolve;
+mod sending;
 mod settings;
 mod shape;
 mod work;

@@ -5,10 +5,13 @@
 
 mod answer;
 mod auth;
+mod availability;
 mod breaker;
 mod budget;
 mod classes;
+mod exchange;
 mod headers;
+mod judge;
 mod settings;
 mod system;
 mod template;

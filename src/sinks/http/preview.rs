@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use super::deliver::scope;
+use super::decide::scope;
 use super::expressions::{Answers, Unmapped};
 use super::group_of;
 use super::settings::{Initial, Settings, Update};

@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use serde_json::{Map, Value};
 
-use super::deliver::{Attempt, Delivery, db, keep_facts, response_scope, scope};
+use super::answered::{keep_facts, response_scope};
+use super::decide::scope;
+use super::deliver::{Attempt, Delivery, db};
 use super::expressions::{Answers, Unmapped};
 use super::outcome::{Next, Outcome, Rejection};
 use super::settings::Update;

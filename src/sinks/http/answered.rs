@@ -1,0 +1,164 @@
+//! The outcome of a request written to its link, while the intent is still there.
+
+use serde_json::{Map, Value};
+
+use super::decide::{Doing, Job};
+use super::deliver::{Delivery, db};
+use super::expressions::{Answers, Unmapped};
+use super::outcome::Rejection;
+use crate::datastore::{
+    DatastoreErrorKind, GenericClient, Link, LinkKey, delete_link, lock_link, next_push_seq, save_lines, save_link,
+};
+use crate::mapping::{Program, Scope};
+use crate::pipeline::Fault;
+use crate::systems::{HttpResponse, RequestTemplate};
+
+impl Delivery {
+    /// Writes that the request was applied. Some: the next step, its intent committed. `Err`: what came back, or
+    /// the next step, is of no use; the intent is closed.
+    pub(super) async fn applied(
+        &self,
+        key: &LinkKey,
+        job: &Job,
+        response: Option<&HttpResponse>,
+    ) -> Result<Result<Option<Job>, Rejection>, Fault> {
+        let mut client = self.datastore.client().await?;
+        let transaction = client.transaction().await.map_err(db)?;
+        let Some(mut link) = self.lock_own(&transaction, key, &job.intent.id).await? else {
+            return Err(Fault::retry(format!(
+                "the link of {} was taken over while its request was under way",
+                key.key
+            )));
+        };
+        link.intent = None;
+        link.pushed_seq = next_push_seq(&transaction).await?;
+        let empty = Value::Null;
+        let answer = response.map_or(&empty, |response| &response.body);
+        let template = self.template(job.operation)?;
+        let mut refused = None;
+        if let Doing::Create(step) = job.operation {
+            match external_id(template, step, answer, response) {
+                Ok(Some(id)) => link.external = Some(id),
+                Ok(None) => {}
+                Err(reason) => refused = Some(reason),
+            }
+            if refused.is_none() {
+                link.step = step as i32 + 1;
+            }
+        }
+        if let (Some(keep), Doing::Create(_) | Doing::Update) = (&template.keep, job.operation) {
+            match keep_facts(keep, answer, response) {
+                Ok(facts) => link.kept.extend(facts),
+                Err(reason) => refused = refused.or(Some(reason)),
+            }
+        }
+        if job.operation == Doing::Delete {
+            link.deleted = true;
+            link.base_doc = None;
+            link.step = 0;
+        }
+        let mut next = None;
+        let more = matches!(job.operation, Doing::Create(step) if step + 1 < self.settings.create.len());
+        if refused.is_none() && more {
+            let mut answers = Answers::new(self.settings.system.name());
+            let doing = Doing::Create(link.step as usize);
+            let document = job.intent.document.clone();
+            let idempotency_key = format!("{}-{}", job.intent.idempotency_key, link.step);
+            let prepared =
+                self.prepare(&transaction, &mut answers, &link, doing, document, None, idempotency_key).await?;
+            match prepared {
+                Ok(job) => {
+                    link.intent = Some(job.intent.clone());
+                    next = Some(job);
+                }
+                Err(Unmapped::Failed(reason)) => refused = Some(reason),
+                Err(Unmapped::Waits(wanted)) => refused = Some(format!("a step of `create` waits for {wanted}")),
+            }
+        } else if refused.is_none() && job.operation != Doing::Delete {
+            link.base_doc = Some(job.intent.document.clone());
+            save_lines(&transaction, key, &self.shape.line_keys(&job.intent.document)).await?;
+        }
+        match save_link(&transaction, &link).await {
+            Ok(()) => transaction.commit().await.map_err(db)?,
+            Err(error) if error.kind == DatastoreErrorKind::Conflict && link.external.is_some() => {
+                drop(transaction);
+                drop(client);
+                self.close_intent(key, &job.intent.id).await?;
+                let id = link.external.unwrap_or_default();
+                return Ok(Err(Rejection::because(format!(
+                    "the system answered with id {id}, which is linked to another row already"
+                ))));
+            }
+            Err(error) => return Err(error.into()),
+        }
+        Ok(match refused {
+            None => Ok(next),
+            Some(reason) => Err(Rejection::because(reason)),
+        })
+    }
+
+    /// The link, locked, if the intent is still open on it.
+    pub(super) async fn lock_own<C: GenericClient>(
+        &self,
+        transaction: &C,
+        key: &LinkKey,
+        intent: &str,
+    ) -> Result<Option<Link>, Fault> {
+        let link = lock_link(transaction, key).await?;
+        Ok(link.filter(|link| link.intent.as_ref().is_some_and(|open| open.id == intent)))
+    }
+
+    /// The request was not applied: the link is as if it had never been sent.
+    pub(super) async fn close_intent(&self, key: &LinkKey, intent: &str) -> Result<(), Fault> {
+        let mut client = self.datastore.client().await?;
+        let transaction = client.transaction().await.map_err(db)?;
+        if let Some(mut link) = self.lock_own(&transaction, key, intent).await? {
+            link.intent = None;
+            if link.external.is_none() && link.base_doc.is_none() && link.base_remote.is_none() {
+                delete_link(&transaction, key).await?;
+            } else {
+                save_link(&transaction, &link).await?;
+            }
+        }
+        transaction.commit().await.map_err(db)
+    }
+}
+
+pub(super) fn response_scope(response: Option<&HttpResponse>) -> Scope<'static> {
+    Scope { status: response.map(|response| i64::from(response.status)), ..Scope::default() }
+}
+
+/// The id in the answer of a create's step: the first step must give one.
+fn external_id(
+    template: &RequestTemplate,
+    step: usize,
+    answer: &Value,
+    response: Option<&HttpResponse>,
+) -> Result<Option<Value>, String> {
+    let id = match (&template.id, step) {
+        (Some(id), _) => id.first(answer, &response_scope(response)).map_err(|error| format!("`id`: {error}"))?,
+        (None, 0) => answer.get("id").cloned().unwrap_or_default(),
+        (None, _) => return Ok(None),
+    };
+    match id {
+        Value::String(_) | Value::Number(_) => Ok(Some(id)),
+        other => Err(format!(
+            "the system took the record, but `{}` finds no id in its answer (it gives {other}); hint: correct `id`, link \
+             or remove the record there, then replay",
+            template.id.as_ref().map_or(".id", Program::text)
+        )),
+    }
+}
+
+pub(super) fn keep_facts(
+    keep: &Program,
+    answer: &Value,
+    response: Option<&HttpResponse>,
+) -> Result<Map<String, Value>, String> {
+    match keep.first(answer, &response_scope(response)) {
+        Ok(Value::Object(facts)) => Ok(facts),
+        Ok(Value::Null) => Ok(Map::new()),
+        Ok(other) => Err(format!("`keep` must give an object; `{}` gives {other}", keep.text())),
+        Err(error) => Err(format!("`keep`: {error}")),
+    }
+}

@@ -1,0 +1,314 @@
+//! One decision about a key, under its link's lock: what is to be sent, with its intent committed, or why nothing is.
+
+use std::time::Duration;
+
+use reqwest::Method;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use super::deliver::{Attempt, Delivery, db};
+use super::expressions::{Answers, Unmapped};
+use super::outcome::{Next, Outcome, Rejection};
+use super::settings::{Initial, Update};
+use super::work::KeyWork;
+use crate::datastore::{DatastoreErrorKind, GenericClient, Intent, Link, delete_link, lock_link, save_link};
+use crate::event::Change;
+use crate::mapping::{Links, Program, Scope};
+use crate::pipeline::Fault;
+use crate::systems::{HttpRequest, RequestTemplate};
+use crate::twoway::{Direction, MAX_FLIPS, Outgoing, Send, next_flips, what_to_send};
+
+/// Between looks at an intent that another worker has open.
+const BUSY: Duration = Duration::from_millis(500);
+
+/// A request that is about to be sent, with its intent committed.
+pub(super) struct Job {
+    pub(super) operation: Doing,
+    pub(super) intent: Intent,
+    pub(super) request: HttpRequest,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Doing {
+    /// Step of the create, from 0.
+    Create(usize),
+    Update,
+    Delete,
+}
+
+impl Doing {
+    pub(super) fn text(self) -> &'static str {
+        match self {
+            Doing::Create(0) => "create",
+            Doing::Create(_) => "step",
+            Doing::Update => "update",
+            Doing::Delete => "delete",
+        }
+    }
+}
+
+impl Delivery {
+    /// One decision, and what it asks for.
+    pub(super) async fn step(&self, work: &KeyWork, attempt: &mut Attempt) -> Result<Next, Fault> {
+        let settings = &self.settings;
+        let mut client = self.datastore.client().await?;
+        let transaction = client.transaction().await.map_err(db)?;
+        let key = self.link_key(&work.key);
+        let link = lock_link(&transaction, &key).await?;
+        if let Some(link) = &link
+            && link.table != work.table.to_string()
+        {
+            return Ok(Next::rejected(Rejection::because(format!(
+                "key {} of object '{}' is linked to a row of {}, and this row is of {}; hint: rows of two tables can't \
+                 share an object: give one of the sinks another `object`",
+                work.key, settings.object, link.table, work.table
+            ))));
+        }
+        if let Some(intent) = link.as_ref().and_then(|link| link.intent.clone()) {
+            if self.is_anothers(&transaction, &intent).await? {
+                return Ok(Next::Again(BUSY));
+            }
+            drop(transaction);
+            drop(client);
+            return self.resolve(&key, intent, attempt).await;
+        }
+        let mut link = link.unwrap_or_else(|| Link::new(key, work.table.to_string()));
+        let document = match self.shape.read(&transaction, &work.table, &work.key).await {
+            Ok(document) => document,
+            Err(error) if error.kind == DatastoreErrorKind::Rejected => {
+                return Ok(Next::rejected(Rejection::because(error.message)));
+            }
+            Err(error) => return Err(error.into()),
+        };
+        if link.deleted && document.is_some() {
+            revive(&mut link, settings.delete.is_some());
+        }
+        let shown = link.shown();
+        let mut answers = Answers::new(settings.system.name());
+        let now = match &document {
+            None => None,
+            Some(document) => {
+                if let Some(when) = &settings.when {
+                    let held = answers
+                        .run(&transaction, |links| when.holds(document, &scope(&shown, None, Some(links))))
+                        .await?;
+                    match held {
+                        Ok(true) => {}
+                        Ok(false) => return Ok(Next::skipped("`when` does not hold")),
+                        Err(unmapped) => return Ok(not_mapped(unmapped)),
+                    }
+                }
+                match self.map(&transaction, &mut answers, document, &shown).await? {
+                    Ok(now) => Some(now),
+                    Err(unmapped) => return Ok(not_mapped(unmapped)),
+                }
+            }
+        };
+        let base = match (&link.base_doc, &document) {
+            // A base that can't be mapped any more is not known.
+            (Some(base), Some(_)) => self.map(&transaction, &mut answers, base, &shown).await?.ok(),
+            _ => None,
+        };
+        let decision = what_to_send(
+            &Outgoing {
+                linked: link.external.is_some(),
+                deleted: link.deleted,
+                steps_done: link.steps_done(settings.create.len()),
+                steps: settings.create.len(),
+                base: base.as_ref(),
+                now: now.as_ref(),
+            },
+            settings.fields,
+        );
+        let (doing, body) = match decision {
+            Send::Nothing => {
+                if document.is_some() && link.base_doc != document {
+                    link.base_doc = document;
+                    save_link(&transaction, &link).await?;
+                }
+                transaction.commit().await.map_err(db)?;
+                return Ok(Next::skipped("nothing differs"));
+            }
+            Send::NothingToDelete => {
+                if link.external.is_none() && link.generation > 0 {
+                    delete_link(&transaction, &link.key).await?;
+                    transaction.commit().await.map_err(db)?;
+                }
+                return Ok(Next::skipped("the row is gone, and has no counterpart"));
+            }
+            Send::Create => {
+                let snapshot = work.is_snapshot();
+                if snapshot && settings.initial == Initial::Skip {
+                    return Ok(Next::skipped("`initial: skip`"));
+                }
+                if settings.matching.is_some() && !attempt.looked_up {
+                    drop(transaction);
+                    drop(client);
+                    return self.pair(work, &document.unwrap_or_default(), attempt).await;
+                }
+                if snapshot && settings.initial == Initial::Match {
+                    return Ok(Next::skipped("not in the system, and `initial: match` creates nothing"));
+                }
+                if settings.create.is_empty() {
+                    return Ok(Next::skipped("not in the system, and nothing is created"));
+                }
+                (Doing::Create(0), now)
+            }
+            Send::Finish(step) => (Doing::Create(step), None),
+            Send::Update(changed) => match &settings.update {
+                Update::Request(_) => {
+                    link.flips = next_flips(link.flips, Direction::Push, link.quiet_s);
+                    if link.flips > MAX_FLIPS {
+                        // A replay starts to count anew.
+                        link.flips = 0;
+                        save_link(&transaction, &link).await?;
+                        transaction.commit().await.map_err(db)?;
+                        return Ok(Next::rejected(Rejection::because(format!(
+                            "row and record have changed each other more than {MAX_FLIPS} times without a pause; hint: a \
+                             trigger or a rule of the system undoes what is sent"
+                        ))));
+                    }
+                    (Doing::Update, Some(changed))
+                }
+                Update::Reject => {
+                    let mut rejection =
+                        Rejection::because("the row has changed, and `update: reject` sends no changes");
+                    rejection.request = Some(json!({ "changed": changed }));
+                    return Ok(Next::rejected(rejection));
+                }
+                Update::Nothing => {
+                    link.base_doc = document;
+                    save_link(&transaction, &link).await?;
+                    transaction.commit().await.map_err(db)?;
+                    return Ok(Next::skipped("changes are not sent (`update` is not set)"));
+                }
+            },
+            Send::Delete if settings.delete.is_none() => {
+                link.deleted = true;
+                save_link(&transaction, &link).await?;
+                transaction.commit().await.map_err(db)?;
+                return Ok(Next::skipped("deletes are not sent (`delete` is not set)"));
+            }
+            Send::Delete => (Doing::Delete, None),
+        };
+        let document = document.unwrap_or_else(|| gone(work, &link));
+        let idempotency_key = attempt.idempotency_key.clone().unwrap_or_else(|| Uuid::new_v4().simple().to_string());
+        let job = self.prepare(&transaction, &mut answers, &link, doing, document, body, idempotency_key).await?;
+        let job = match job {
+            Ok(job) => job,
+            Err(unmapped) => return Ok(not_mapped(unmapped)),
+        };
+        self.ownership.check()?;
+        link.intent = Some(job.intent.clone());
+        save_link(&transaction, &link).await?;
+        transaction.commit().await.map_err(db)?;
+        drop(client);
+        self.carry_out(work, link.key, job, attempt).await
+    }
+
+    /// What a document maps to.
+    pub(super) async fn map<C: GenericClient>(
+        &self,
+        client: &C,
+        answers: &mut Answers<'_>,
+        document: &Value,
+        shown: &Option<Value>,
+    ) -> Result<Result<Value, Unmapped>, Fault> {
+        let Some(map) = &self.settings.map else {
+            return Ok(Ok(document.get("after").cloned().unwrap_or_default()));
+        };
+        Ok(answers.run(client, |links| map.first(document, &scope(shown, None, Some(links)))).await?)
+    }
+
+    pub(super) fn template(&self, doing: Doing) -> Result<&RequestTemplate, Fault> {
+        let template = match (doing, &self.settings.update) {
+            (Doing::Create(step), _) => self.settings.create.get(step).map(|step| &step.request),
+            (Doing::Update, Update::Request(template)) => Some(&**template),
+            (Doing::Update, _) => None,
+            (Doing::Delete, _) => self.settings.delete.as_ref(),
+        };
+        template.ok_or_else(|| Fault::retry(format!("the settings have no request for {}", doing.text())))
+    }
+
+    /// The request of a decision, and its intent.
+    #[allow(clippy::too_many_arguments)] // all of them are the decision
+    pub(super) async fn prepare<C: GenericClient>(
+        &self,
+        client: &C,
+        answers: &mut Answers<'_>,
+        link: &Link,
+        doing: Doing,
+        document: Value,
+        body: Option<Value>,
+        idempotency_key: String,
+    ) -> Result<Result<Job, Unmapped>, Fault> {
+        let template = self.template(doing)?;
+        let shown = link.shown();
+        let rendered = answers
+            .run(client, |links| template.render(&document, &scope(&shown, Some(&idempotency_key), Some(links))))
+            .await?;
+        let mut request = match rendered {
+            Ok(request) => request.purpose(doing.text()),
+            Err(unmapped) => return Ok(Err(unmapped)),
+        };
+        if template.body.is_none() {
+            // An action without a body of its own is sent an empty object: many servers refuse a POST with none.
+            let wants_body = [Method::POST, Method::PUT, Method::PATCH].contains(&request.method);
+            request.body = body.or_else(|| wants_body.then(|| json!({})));
+            request.masked.body = self.settings.map.as_ref().is_some_and(Program::masked);
+        }
+        let intent = Intent {
+            id: Uuid::new_v4().simple().to_string(),
+            operation: doing.text().to_owned(),
+            request: request.line(),
+            idempotency_key,
+            owner: self.ownership.owner().to_owned(),
+            started_ms: chrono::Utc::now().timestamp_millis(),
+            document,
+        };
+        Ok(Ok(Job { operation: doing, intent, request }))
+    }
+}
+
+pub(super) fn scope<'a>(
+    link: &'a Option<Value>,
+    idempotency_key: Option<&'a str>,
+    links: Option<&'a Links>,
+) -> Scope<'a> {
+    Scope { link: link.as_ref(), idempotency_key, links, ..Scope::default() }
+}
+
+/// The row is there again. What was deleted there is made anew; what was only left alone is taken up again.
+fn revive(link: &mut Link, was_deleted_there: bool) {
+    link.deleted = false;
+    link.base_doc = None;
+    if was_deleted_there {
+        link.external = None;
+        link.base_remote = None;
+        link.remote_version = None;
+        link.kept.clear();
+        link.step = 0;
+    }
+}
+
+/// The input of a delete's request: the key, and the row as it was last known.
+fn gone(work: &KeyWork, link: &Link) -> Value {
+    let before = link.base_doc.as_ref().and_then(|base| base.get("after")).cloned().or_else(|| {
+        // Not of a line of the document: that is another row.
+        let own = |change: &Change| change.schema == work.table.schema && change.table == work.table.name;
+        let changes = work.events.iter().rev().map(|event| &event.change);
+        changes.filter(|change| own(change)).map(|change| &change.before).find(|before| before.is_object()).cloned()
+    });
+    json!({ "key": work.key, "before": before, "after": null })
+}
+
+fn not_mapped(unmapped: Unmapped) -> Next {
+    Next::Done(not_mapped_outcome(unmapped))
+}
+
+pub(super) fn not_mapped_outcome(unmapped: Unmapped) -> Outcome {
+    match unmapped {
+        Unmapped::Waits(wanted) => Outcome::Waiting(wanted),
+        Unmapped::Failed(reason) => Outcome::Rejected(Rejection::because(reason)),
+    }
+}

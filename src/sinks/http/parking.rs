@@ -1,0 +1,148 @@
+//! Records set aside in the datastore, and taken out again (CORRECTNESS 17): before the offset is committed, and in
+//! order per key.
+
+use serde_json::Value;
+
+use super::deliver::{Delivery, db};
+use super::outcome::{Outcome, Rejection};
+use super::work::{Event, KeyWork};
+use crate::datastore::{Client, NewParked, ParkedKind, park, parked_places, unpark};
+use crate::log::ConsumedRecord;
+use crate::mapping::Wanted;
+use crate::pipeline::{Counts, Fault};
+
+impl Delivery {
+    /// Parks the events behind the key's queue, where it has one.
+    pub(super) async fn stand_behind(&self, work: &KeyWork) -> Result<bool, Fault> {
+        let mut client = self.datastore.client().await?;
+        let places = parked_places(&client, &self.connector, &work.key).await?;
+        if places.is_empty() {
+            return Ok(false);
+        }
+        let transaction = client.transaction().await.map_err(db)?;
+        for Event { record, .. } in &work.events {
+            let there = |(topic, partition, offset): &(String, i32, i64)| {
+                **topic == *record.topic && *partition == record.partition && *offset == record.offset.0
+            };
+            if !places.iter().any(there) {
+                park(&transaction, &self.connector, &work.key, record, &behind()).await?;
+            }
+        }
+        transaction.commit().await.map_err(db)?;
+        Ok(true)
+    }
+
+    /// Writes what became of the events from `from` on: taken out of the queue, or set aside.
+    pub(super) async fn finish(&self, work: &KeyWork, from: usize, outcome: Outcome) -> Result<Counts, Fault> {
+        let events = &work.events[from..];
+        let queue = work.queue.as_ref().unwrap_or(&work.key);
+        let rest = events.len().saturating_sub(1) as u64;
+        let mut counts = Counts::default();
+        let why = match outcome {
+            Outcome::Applied | Outcome::Skipped(_) => {
+                if work.queue.is_some() {
+                    let mut client = self.datastore.client().await?;
+                    let transaction = client.transaction().await.map_err(db)?;
+                    for event in events {
+                        unpark(&transaction, &self.connector, queue, &event.record).await?;
+                    }
+                    transaction.commit().await.map_err(db)?;
+                }
+                // The events of one key are one attempt: what came before the last is in it.
+                match outcome {
+                    Outcome::Applied => counts.applied = 1,
+                    _ => counts.skipped = 1,
+                }
+                counts.skipped += rest;
+                if let Outcome::Skipped(why) = outcome {
+                    let echo = work.is_echo_of(self.settings.system.name());
+                    tracing::trace!(connector = self.connector, key = %work.key, echo, "skipped: {why}");
+                    let reason = if echo { "echo" } else { why };
+                    metrics::counter!("tidegate_sink_skipped_total", "connector" => self.connector.clone(), "reason" => reason)
+                        .increment(1);
+                }
+                return Ok(counts);
+            }
+            Outcome::Rejected(rejection) => {
+                tracing::warn!(connector = self.connector, key = %work.key, reason = rejection.reason, "a record was rejected");
+                counts.rejected = 1;
+                rejected(rejection)
+            }
+            Outcome::Waiting(wanted) => {
+                counts.waiting = 1;
+                self.waiting(wanted)
+            }
+        };
+        counts.waiting += rest;
+        if why.kind == ParkedKind::Rejected
+            && let Some(first) = events.first()
+        {
+            self.dead_letters.copy(&first.record, &why.reason).await?;
+        }
+        let mut client = self.datastore.client().await?;
+        let transaction = client.transaction().await.map_err(db)?;
+        for (index, event) in events.iter().enumerate() {
+            let why = if index == 0 { &why } else { &behind() };
+            park(&transaction, &self.connector, queue, &event.record, why).await?;
+        }
+        transaction.commit().await.map_err(db)?;
+        Ok(counts)
+    }
+
+    fn waiting(&self, wanted: Wanted) -> NewParked {
+        let reason = format!("waits for {wanted}");
+        let waits_for = match wanted {
+            Wanted::Link { object, key } => Some((self.settings.system.name().to_owned(), object, key)),
+            Wanted::Local { .. } => None,
+        };
+        NewParked {
+            kind: ParkedKind::Waiting,
+            waits_for,
+            reason,
+            request: None,
+            response: None,
+            deadline_s: Some(self.settings.link_timeout.as_secs_f64()),
+        }
+    }
+
+    /// Makes a dead letter of one record.
+    pub(super) async fn set_rejected(
+        &self,
+        client: &Client,
+        key: &Value,
+        record: &ConsumedRecord,
+        rejection: &Rejection,
+    ) -> Result<(), Fault> {
+        tracing::warn!(connector = self.connector, %key, reason = rejection.reason, "a record was rejected");
+        self.dead_letters.copy(record, &rejection.reason).await?;
+        let why = rejected(Rejection {
+            reason: rejection.reason.clone(),
+            request: rejection.request.clone(),
+            response: rejection.response.clone(),
+        });
+        park(client, &self.connector, key, record, &why).await?;
+        Ok(())
+    }
+}
+
+fn rejected(rejection: Rejection) -> NewParked {
+    NewParked {
+        kind: ParkedKind::Rejected,
+        waits_for: None,
+        reason: rejection.reason,
+        request: rejection.request,
+        response: rejection.response,
+        deadline_s: None,
+    }
+}
+
+fn behind() -> NewParked {
+    NewParked {
+        kind: ParkedKind::Behind,
+        waits_for: None,
+        reason: "stands behind an earlier record of its key".into(),
+        request: None,
+        response: None,
+        deadline_s: None,
+    }
+}

@@ -1,0 +1,120 @@
+//! What came back, or did not, classed by what is to be done about it.
+
+use reqwest::Method;
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use super::classes::{Class, Meaning, meaning};
+use super::exchange::{Lost, NO_ANSWER};
+use super::system::System;
+use super::{Answer, HttpRequest, HttpResponse, headers};
+
+impl System {
+    /// What an answer means, and whether an outage is certain.
+    pub(super) async fn class(&self, request: &HttpRequest, response: HttpResponse) -> (Answer, bool) {
+        let answered = Instant::now();
+        let status = response.status;
+        for rule in self.settings.rules.iter().filter(|rule| rule.matches_status(status)) {
+            let mut certain = false;
+            let probe = if rule.asks_probe() {
+                let probed = self.probe(answered).await;
+                certain = !probed.ok;
+                json!({ "ok": probed.ok, "status": probed.status, "reason": probed.reason })
+            } else {
+                Value::Null
+            };
+            match rule.class(status, &response.body, &probe) {
+                Ok(Some(class)) => {
+                    let outage = certain && class == Class::Unavailable;
+                    return (self.answer(class, request, response), outage);
+                }
+                Ok(None) => {}
+                // Not the record's fault, and no reason to lose it.
+                Err(error) => {
+                    let reason = format!("a rule of `errors` of '{}' failed: {error}", self.name());
+                    return (Answer::Retry { after: None, response: Some(response), reason }, false);
+                }
+            }
+        }
+        let after = headers::retry_after(&response);
+        match meaning(status, request.method == Method::DELETE) {
+            Meaning::Class(class) => (self.answer(class, request, response), false),
+            Meaning::Busy => {
+                let reason = self.reason(request, &response);
+                (Answer::Retry { after, response: None, reason }, false)
+            }
+            Meaning::GatewayLost => {
+                let reason = self.reason(request, &response);
+                (Answer::Unavailable { after, reason, maybe_applied: true }, false)
+            }
+            Meaning::Credentials => {
+                let reason = format!("{}; check `auth` of system '{}'", self.reason(request, &response), self.name());
+                (Answer::Unavailable { after, reason, maybe_applied: false }, false)
+            }
+            Meaning::AskProbe if self.settings.probe.is_none() => (self.answer(Class::Retry, request, response), false),
+            Meaning::AskProbe => {
+                let probed = self.probe(answered).await;
+                if probed.ok {
+                    return (self.answer(Class::Retry, request, response), false);
+                }
+                let reason = format!("{}, and {}", self.reason(request, &response), probed.reason);
+                (Answer::Unavailable { after, reason, maybe_applied: true }, true)
+            }
+        }
+    }
+
+    fn answer(&self, class: Class, request: &HttpRequest, response: HttpResponse) -> Answer {
+        let after = headers::retry_after(&response);
+        let reason = self.reason(request, &response);
+        match class {
+            Class::Applied => Answer::Applied(response),
+            Class::Reject => Answer::Rejected { response, reason },
+            Class::Retry => Answer::Retry { after, response: Some(response), reason },
+            Class::Unavailable => Answer::Unavailable { after, reason, maybe_applied: response.status >= 500 },
+        }
+    }
+
+    fn reason(&self, request: &HttpRequest, response: &HttpResponse) -> String {
+        format!("{} {} answered {}: {}", request.method, request.shown_path(), response.status, response.excerpt())
+    }
+
+    fn too_long(&self) -> String {
+        format!(
+            "the answer is longer than {}; hint: ask for fewer records at a time (the paginator's `limit`) or fewer \
+             fields, or raise `response.limit` of system '{}'",
+            self.settings.response_limit,
+            self.name()
+        )
+    }
+
+    pub(super) fn no_answer(&self, request: &HttpRequest, lost: Lost) -> Answer {
+        let line = format!("{} {}", request.method, request.shown_path());
+        match lost {
+            Lost::Unfit(reason) => {
+                let response = HttpResponse { status: 0, headers: Vec::new(), body: Value::Null };
+                Answer::Rejected { response, reason: format!("{line} can't be sent: {reason}") }
+            }
+            Lost::NotSent(reason) => {
+                Answer::Unavailable { after: None, reason: format!("{line}: {reason}"), maybe_applied: false }
+            }
+            Lost::TooLong(status) => {
+                let reason = format!("{line} answered {status}: {}", self.too_long());
+                if request.is_safe() {
+                    let response = HttpResponse { status, headers: Vec::new(), body: Value::Null };
+                    return Answer::Rejected { response, reason };
+                }
+                Answer::Uncertain { reason }
+            }
+            Lost::AfterSending(reason) if request.is_safe() => {
+                Answer::Retry { after: None, response: None, reason: format!("{line}: {NO_ANSWER}: {reason}") }
+            }
+            Lost::AfterSending(reason) => Answer::Uncertain { reason: format!("{line}: {NO_ANSWER}: {reason}") },
+            Lost::NoTurn(wait) => Answer::Retry {
+                after: Some(wait),
+                response: None,
+                reason: format!("the budget of '{}' is used up for {} s", self.name(), wait.as_secs()),
+            },
+            Lost::Credentials(reason) => Answer::Unavailable { after: None, reason, maybe_applied: false },
+        }
+    }
+}
