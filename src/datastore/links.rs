@@ -4,6 +4,8 @@
 //! held while a request is under way: before a request an [`Intent`] is written and committed, and the link is
 //! only written on while that very intent is still there (its `id` tells).
 
+use std::time::Duration;
+
 use deadpool_postgres::GenericClient;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -34,6 +36,8 @@ pub struct Link {
     /// Facts kept for mappings; an object.
     pub kept: Map<String, Value>,
     pub intent: Option<Intent>,
+    /// Links (object, key) that were not there when `base_doc` was sent: it was mapped without them.
+    pub owed: Vec<(String, Value)>,
     /// How many of the create's steps are done.
     pub step: i32,
     /// `push_seq` at the last push.
@@ -60,6 +64,7 @@ impl Link {
             remote_version: None,
             kept: Map::new(),
             intent: None,
+            owed: Vec::new(),
             step: 0,
             pushed_seq: 0,
             flips: 0,
@@ -76,6 +81,11 @@ impl Link {
             Ok(done) => done,
             Err(_) => 0,
         }
+    }
+
+    /// How long ago it was last written, by the datastore's clock.
+    pub fn quiet(&self) -> Duration {
+        Duration::try_from_secs_f64(self.quiet_s.max(0.0)).unwrap_or(Duration::MAX)
     }
 
     /// What `$link` and `link("object"; key)` show: `{id, …kept facts}`; `None` without a counterpart.
@@ -153,12 +163,36 @@ pub struct Intent {
     pub owner: String,
     /// Ms since 1970, by the worker's clock.
     pub started_ms: i64,
+    /// Its request has come to its end so many ms after the link was written, whatever became of it: turn in the
+    /// budget and time-out.
+    #[serde(default = "longest")]
+    pub longest_ms: i64,
+    /// Its request has come to its end before the link was last written, and nobody knows to which.
+    #[serde(default)]
+    pub ended: bool,
     /// The document that is being sent.
     pub document: Value,
+    /// Links that are not there, and that it is sent without.
+    #[serde(default)]
+    pub owed: Vec<(String, Value)>,
+}
+
+/// Of an intent that does not say.
+fn longest() -> i64 {
+    300_000
+}
+
+impl Intent {
+    /// How long until its outcome may be asked for: the request has ended then, and the system had `settle` more to be
+    /// done with it. `quiet`: how long ago the link was written, by the datastore's clock. `None`: now.
+    pub fn settles_in(&self, quiet: Duration, settle: Duration) -> Option<Duration> {
+        let longest = if self.ended { Duration::ZERO } else { Duration::from_millis(self.longest_ms.max(0) as u64) };
+        (longest + settle).checked_sub(quiet).filter(|rest| !rest.is_zero())
+    }
 }
 
 pub(super) const COLUMNS: &str = "system, object, local_key, table_name, external_json, base_doc, base_remote, remote_version, \
-     kept, intent, step, pushed_seq, flips, generation, deleted, extract(epoch FROM now() - updated_at)::float8";
+     kept, intent, step, pushed_seq, flips, generation, deleted, extract(epoch FROM now() - updated_at)::float8, owed";
 
 pub(super) fn read(row: &Row) -> Result<Link, DatastoreError> {
     let intent: Option<Value> = row.get(9);
@@ -166,6 +200,10 @@ pub(super) fn read(row: &Row) -> Result<Link, DatastoreError> {
         .map(serde_json::from_value)
         .transpose()
         .map_err(|error| DatastoreError::rejected(format!("tidegate.links: an intent can't be read: {error}")))?;
+    let owed =
+        row.get::<_, Option<Value>>(16).map(serde_json::from_value).transpose().map_err(|error| {
+            DatastoreError::rejected(format!("tidegate.links: what is owed can't be read: {error}"))
+        })?;
     let kept: Option<Value> = row.get(8);
     Ok(Link {
         key: LinkKey { system: row.get(0), object: row.get(1), key: row.get(2) },
@@ -179,6 +217,7 @@ pub(super) fn read(row: &Row) -> Result<Link, DatastoreError> {
             _ => Map::new(),
         },
         intent,
+        owed: owed.unwrap_or_default(),
         step: row.get(10),
         pushed_seq: row.get(11),
         flips: row.get(12),
@@ -250,14 +289,14 @@ pub async fn save_link<C: GenericClient>(transaction: &C, link: &Link) -> Result
     let save = transaction
         .prepare_cached(
             "INSERT INTO tidegate.links AS l (system, object, local_key, table_name, external_id, external_json, \
-                 base_doc, base_remote, remote_version, kept, intent, step, pushed_seq, flips, deleted) \
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15) \
+                 base_doc, base_remote, remote_version, kept, intent, step, pushed_seq, flips, deleted, owed) \
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16) \
              ON CONFLICT (system, object, local_key) DO UPDATE SET table_name = excluded.table_name, \
                  external_id = excluded.external_id, external_json = excluded.external_json, \
                  base_doc = excluded.base_doc, base_remote = excluded.base_remote, \
                  remote_version = excluded.remote_version, kept = excluded.kept, intent = excluded.intent, \
                  step = excluded.step, pushed_seq = excluded.pushed_seq, flips = excluded.flips, \
-                 deleted = excluded.deleted, generation = l.generation + 1, updated_at = now()",
+                 deleted = excluded.deleted, owed = excluded.owed, generation = l.generation + 1, updated_at = now()",
         )
         .await?;
     let intent = match &link.intent {
@@ -285,6 +324,7 @@ pub async fn save_link<C: GenericClient>(transaction: &C, link: &Link) -> Result
                 &link.pushed_seq,
                 &link.flips,
                 &link.deleted,
+                &(!link.owed.is_empty()).then(|| serde_json::json!(link.owed)),
             ],
         )
         .await

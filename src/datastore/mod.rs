@@ -37,8 +37,8 @@ pub use pages::{
     rows_of_page, rows_that_match, update_row,
 };
 pub use parked::{
-    Command, NewParked, Parked, ParkedKind, ParkedSummary, command_parked, list_parked, park, parked_counts,
-    parked_places, parked_queue, parked_ready, show_parked, unpark,
+    Command, NewParked, Owned, Parked, ParkedKind, ParkedSummary, command_parked, list_parked, owe, park,
+    parked_counts, parked_places, parked_queue, parked_ready, show_parked, unpark,
 };
 pub use rows::{Lines, TableName, TableNameError, normalize_row, primary_key, query_document, read_document, read_row};
 pub use settings::{DatastoreSettings, SslMode, connect};

@@ -23,6 +23,8 @@ pub enum ParkedKind {
     Waiting,
     /// For the first of its key's queue.
     Behind,
+    /// Delivered without another row's link, which it is sent again with; nothing stands behind it.
+    Owing,
 }
 
 impl ParkedKind {
@@ -31,6 +33,7 @@ impl ParkedKind {
             ParkedKind::Rejected => "rejected",
             ParkedKind::Waiting => "waiting",
             ParkedKind::Behind => "behind",
+            ParkedKind::Owing => "owing",
         }
     }
 
@@ -38,6 +41,7 @@ impl ParkedKind {
         match text {
             "waiting" => ParkedKind::Waiting,
             "behind" => ParkedKind::Behind,
+            "owing" => ParkedKind::Owing,
             _ => ParkedKind::Rejected,
         }
     }
@@ -209,31 +213,54 @@ pub async fn parked_places<C: GenericClient>(
 ) -> Result<Vec<(String, i32, i64)>, DatastoreError> {
     let select = client
         .prepare_cached(
-            "SELECT topic, \"partition\", \"offset\" FROM tidegate.parked WHERE connector = $1 AND key = $2 ORDER BY seq",
+            "SELECT topic, \"partition\", \"offset\" FROM tidegate.parked WHERE connector = $1 AND key = $2 \
+             AND kind <> 'owing' ORDER BY seq",
         )
         .await?;
     let rows = client.query(&select, &[&connector, key]).await?;
     Ok(rows.iter().map(|row| (row.get(0), row.get(1), row.get(2))).collect())
 }
 
+/// Whose parked records a worker sees to.
+#[derive(Clone, Debug, Default)]
+pub struct Owned {
+    /// Topic and partition of each partition that it reads.
+    pub topics: Vec<String>,
+    pub partitions: Vec<i32>,
+    /// Those of topics other than these, too, which nobody reads any more.
+    pub strays_of: Option<Vec<String>>,
+}
+
+impl Owned {
+    /// Every record of the connector.
+    pub fn all() -> Self {
+        Owned { strays_of: Some(Vec::new()), ..Owned::default() }
+    }
+}
+
 /// Heads of queues that may be tried now: told to, their link is there, their time is up, or nothing is before
-/// them any more. At most `limit`, oldest first.
+/// them any more. At most `limit` of what is `owned`, oldest first.
 pub async fn parked_ready<C: GenericClient>(
     client: &C,
     connector: &str,
+    owned: &Owned,
     limit: i64,
 ) -> Result<Vec<Parked>, DatastoreError> {
     let select = client
         .prepare_cached(&format!(
             "SELECT {SUMMARY}, p.record_key, p.record_value, p.headers, p.deadline, {SATISFIED} \
              FROM tidegate.parked p WHERE p.connector = $1 \
-               AND (p.command IS NOT NULL OR p.kind = 'behind' OR (p.kind = 'waiting' AND ({SATISFIED} OR p.deadline < now()))) \
+               AND (p.command IS NOT NULL OR p.kind = 'behind' OR (p.kind IN ('waiting', 'owing') AND ({SATISFIED} OR p.deadline < now()))) \
                AND (p.command = 'drop' OR NOT EXISTS (SELECT FROM tidegate.parked b WHERE b.connector = p.connector \
-                    AND b.key = p.key AND b.seq < p.seq)) \
+                    AND b.key = p.key AND b.kind <> 'owing' AND b.seq <> p.seq AND (b.seq < p.seq OR p.kind = 'owing'))) \
+               AND ((p.topic, p.\"partition\") IN (SELECT * FROM unnest($3::text[], $4::int[])) \
+                    OR p.topic <> ALL ($5::text[])) \
              ORDER BY p.seq LIMIT $2"
         ))
         .await?;
-    Ok(client.query(&select, &[&connector, &limit]).await?.iter().map(parked).collect())
+    let owned: [&(dyn tokio_postgres::types::ToSql + Sync); 5] =
+        [&connector, &limit, &owned.topics, &owned.partitions, &owned.strays_of];
+    Ok(client.query(&select, &owned).await?.iter().map(parked).collect())
 }
 
 /// How many are parked, by connector and kind; of one connector or all.
@@ -255,20 +282,43 @@ pub async fn parked_counts<C: GenericClient>(
     Ok(rows.iter().map(|row| (row.get(0), ParkedKind::parse(row.get(1)), row.get(2))).collect())
 }
 
-/// The whole queue of a key, oldest first, at most `limit`.
+/// The whole queue of a key, oldest first, at most `limit`: what stands in order, or what is `owing`.
 pub async fn parked_queue<C: GenericClient>(
     client: &C,
     connector: &str,
     key: &Value,
+    owing: bool,
     limit: i64,
 ) -> Result<Vec<Parked>, DatastoreError> {
     let select = client
         .prepare_cached(&format!(
             "SELECT {SUMMARY}, p.record_key, p.record_value, p.headers, p.deadline, {SATISFIED} \
-             FROM tidegate.parked p WHERE p.connector = $1 AND p.key = $2 ORDER BY p.seq LIMIT $3"
+             FROM tidegate.parked p WHERE p.connector = $1 AND p.key = $2 AND (p.kind = 'owing') = $4 \
+             ORDER BY p.seq LIMIT $3"
         ))
         .await?;
-    Ok(client.query(&select, &[&connector, key, &limit]).await?.iter().map(parked).collect())
+    Ok(client.query(&select, &[&connector, key, &limit, &owing]).await?.iter().map(parked).collect())
+}
+
+/// Forgets what the key owes, and parks its record anew as owing where it does so still; it keeps its deadline.
+pub async fn owe<C: GenericClient>(
+    transaction: &C,
+    connector: &str,
+    key: &Value,
+    still: Option<(&ConsumedRecord, &NewParked)>,
+) -> Result<(), DatastoreError> {
+    let forget = transaction
+        .prepare_cached(
+            "WITH gone AS (DELETE FROM tidegate.parked WHERE connector = $1 AND key = $2 AND kind = 'owing' \
+             RETURNING deadline) SELECT extract(epoch FROM min(deadline) - now())::float8 FROM gone",
+        )
+        .await?;
+    let left: Option<f64> = transaction.query_one(&forget, &[&connector, key]).await?.get(0);
+    if let Some((record, why)) = still {
+        let deadline_s = left.or(why.deadline_s);
+        park(transaction, connector, key, record, &NewParked { deadline_s, ..why.clone() }).await?;
+    }
+    Ok(())
 }
 
 /// Takes the record out of its key's queue.

@@ -14,6 +14,8 @@ CREATE TABLE tidegate.links (
     remote_version text,
     kept           json,
     intent         json,
+    -- Links that were not there when base_doc was sent, [[object, key], …]: what link_later("object"; key) gave null for.
+    owed           json,
     step           int NOT NULL DEFAULT 0,
     pushed_seq     bigint NOT NULL DEFAULT 0,
     flips          int NOT NULL DEFAULT 0,
@@ -32,7 +34,7 @@ CREATE TABLE tidegate.parked (
     "partition"  int NOT NULL,
     "offset"     bigint NOT NULL,
     key          jsonb NOT NULL,
-    kind         text NOT NULL CHECK (kind IN ('rejected', 'waiting', 'behind')),
+    kind         text NOT NULL CHECK (kind IN ('rejected', 'waiting', 'behind', 'owing')),
     waits_system text,
     waits_object text,
     waits_key    jsonb,

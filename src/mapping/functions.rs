@@ -1,5 +1,5 @@
 //! The functions expressions may call: jq's standard ones, without the clock, the environment, input and output;
-//! `link` and `local`; and what `rewrite` puts in.
+//! `link`, `link_later` and `local`; and what `rewrite` puts in.
 
 use std::cmp::Ordering;
 use std::sync::LazyLock;
@@ -103,6 +103,7 @@ pub(super) fn functions() -> Vec<Fun<Jq>> {
     add("fromjson", 0, |cv| bome(from_json(&cv.1)));
     add("tojson", 0, |cv| bome(to_json(&cv)));
     add("link", 2, |cv| link(cv));
+    add("link_later", 2, |cv| link_later(cv));
     add("local", 2, |cv| local(cv));
     for (op, name) in MATH {
         let run: RunPtr<Jq> = match op {
@@ -159,6 +160,24 @@ fn link(mut cv: Cv<'_, Jq>) -> ValXs<'_, Val> {
         }
         None => {
             needs(watch, Wanted::Link { object, key });
+            box_once(Ok(Val::Null))
+        }
+    }
+}
+
+/// `link_later("object"; key)`: as `link`, but null where the other row has no counterpart yet.
+fn link_later(mut cv: Cv<'_, Jq>) -> ValXs<'_, Val> {
+    let (key, object) = (cv.0.pop_var(), cv.0.pop_var());
+    let watch = cv.0.data().watch;
+    let (object, key) = match asked("link_later", &object, &key) {
+        Ok(Some(asked)) => asked,
+        Ok(None) => return box_once(Ok(Val::Null)),
+        Err(error) => return bome(Err(error)),
+    };
+    match watch.links.and_then(|links| links.later(&object, &key)) {
+        Some(answer) => box_once(Ok(answer.as_ref().map_or(Val::Null, to_val))),
+        None => {
+            needs(watch, Wanted::Later { object, key });
             box_once(Ok(Val::Null))
         }
     }

@@ -25,7 +25,7 @@ mod tests;
 pub mod watch;
 
 pub use convert::equal;
-pub use links::{Links, Wanted};
+pub use links::{Links, Owed, Wanted};
 pub use program::{Compiler, Program};
 pub use scope::{MapError, Scope};
 pub use template::{Escape, Template, Tree};

@@ -27,7 +27,7 @@ pub struct Scope<'a> {
     pub headers: Option<&'a Value>,
     /// `$page`: where a paginator is.
     pub page: Option<&'a Value>,
-    /// What `link(…)` and `local(…)` answer from.
+    /// What `link(…)`, `link_later(…)` and `local(…)` answer from.
     pub links: Option<&'a Links>,
 }
 

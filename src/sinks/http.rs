@@ -8,8 +8,8 @@
 //!
 //! A record that can't be delivered is set aside in the datastore, and later ones of its key behind it; then its
 //! offset may be committed (CORRECTNESS 17). Keys are worked on in parallel, the events of one key in a batch are
-//! one attempt. A cycle of rows that wait for each other's links ends as dead letters; create without the
-//! reference there, and send it with an update: `if $link then {parent: link("party"; .after.parent_id).id} else {} end`.
+//! one attempt. A cycle of rows that wait for each other's links is cut by `link_later` in their map: the row is sent
+//! without that link, which the link's `owed` notes, and again once it is there (CORRECTNESS 18).
 
 mod answered;
 mod changes;
@@ -56,7 +56,6 @@ pub fn group_of(connector: &str) -> String {
 
 /// The sink and what it reads from, ready to be driven.
 pub async fn open(settings: Arc<Settings>, context: &ConnectorContext) -> Result<(Intake, HttpSink), Fault> {
-    let delivery = Delivery::open(settings.clone(), context).await?;
     let log = LogSource::new(
         context.log.clone(),
         group_of(&context.name),
@@ -64,7 +63,9 @@ pub async fn open(settings: Arc<Settings>, context: &ConnectorContext) -> Result
         settings.batching,
         context.status.clone(),
     );
-    let intake = Intake::new(log, context.datastore.clone(), &context.name, context.status.clone());
+    let delivery = Delivery::open(settings.clone(), context, log.revoked()).await?;
+    let system = settings.system.clone();
+    let intake = Intake::new(log, context.datastore.clone(), system, &context.name, context.status.clone());
     Ok((intake, HttpSink { delivery: Arc::new(delivery) }))
 }
 

@@ -412,7 +412,7 @@ impl HttpSource {
                 letter: None,
             })
             .collect();
-        for parked in datastore::parked_ready(&client, &self.connector, HELD_BATCH).await? {
+        for parked in datastore::parked_ready(&client, &self.connector, &datastore::Owned::all(), HELD_BATCH).await? {
             let key = parked.summary.key.clone();
             let record = parked.record.value.as_deref().and_then(|value| serde_json::from_slice::<Value>(value).ok());
             match (parked.summary.command, record) {

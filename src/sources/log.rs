@@ -1,19 +1,25 @@
 //! The log as a source: a consumer group's records in batches, their offsets committed when the batch is done.
 //!
-//! Invariant: an offset is committed only after every record of its partition before it was acknowledged, and never
-//! for a partition that has been taken away since.
+//! Invariants: an offset is committed only after every record of its partition before it was acknowledged, and never
+//! for a partition that has been taken away since; and a partition that is taken away is given up only when what is
+//! in work of it has come to its end, or has had time enough to (CORRECTNESS 25).
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::config::{ByteSize, ConfigError, Section};
 use crate::event::{Offset, TopicPartition};
 use crate::log::{ConsumedRecord, Log, LogConsumer, LogError, PollLimit, Polled};
 use crate::pipeline::{Batch, Fault, Lag, Source, Status};
+
+/// How long a partition that is taken away is kept for what is in work of it. A consumer that is not asked gives it up
+/// by itself some time later.
+const YIELD: Duration = Duration::from_secs(50);
 
 /// When a batch is full, whichever comes first.
 #[derive(Clone, Copy, Debug)]
@@ -63,11 +69,39 @@ pub struct LogSource {
     pending_bytes: usize,
     pending_since: Option<Instant>,
     assigned: BTreeSet<TopicPartition>,
-    revoked: BTreeSet<TopicPartition>,
+    revoked: Arc<Revoked>,
+    /// Partitions of the batches that were handed on and are not acknowledged yet, in order.
+    out: VecDeque<BTreeSet<TopicPartition>>,
+    /// When a partition was last taken away.
+    revoked_at: Option<Instant>,
     /// When the newest record handed on was appended, ms since 1970.
     last_timestamp_ms: i64,
     status: Arc<Status>,
     ticks: u32,
+}
+
+/// Partitions that were taken away from a member, told to whoever works on their records.
+#[derive(Default)]
+pub struct Revoked(watch::Sender<BTreeSet<TopicPartition>>);
+
+impl Revoked {
+    pub fn contains(&self, place: &TopicPartition) -> bool {
+        self.0.borrow().contains(place)
+    }
+
+    /// Waits until `lost` says so of them.
+    pub async fn until(&self, lost: impl Fn(&BTreeSet<TopicPartition>) -> bool) {
+        // The sender is `self`.
+        let _ = self.0.subscribe().wait_for(lost).await;
+    }
+
+    pub fn look<T>(&self, look: impl Fn(&BTreeSet<TopicPartition>) -> T) -> T {
+        look(&self.0.borrow())
+    }
+
+    fn change(&self, change: impl FnOnce(&mut BTreeSet<TopicPartition>)) {
+        self.0.send_modify(change);
+    }
 }
 
 /// Offsets to be committed.
@@ -92,17 +126,41 @@ impl LogSource {
             pending_bytes: 0,
             pending_since: None,
             assigned: BTreeSet::new(),
-            revoked: BTreeSet::new(),
+            revoked: Arc::default(),
+            out: VecDeque::new(),
+            revoked_at: None,
             last_timestamp_ms: 0,
             status,
             ticks: 0,
         }
     }
 
-    /// True for a partition that this member of the group reads; of a log without assignments, for all.
-    pub fn owns(&self, topic: &str, partition: i32) -> bool {
-        self.assigned.is_empty() && self.revoked.is_empty()
-            || self.assigned.contains(&TopicPartition::new(topic, partition))
+    /// Partitions that this member of the group reads.
+    pub fn assigned(&self) -> &BTreeSet<TopicPartition> {
+        &self.assigned
+    }
+
+    /// The topics that are read, where it is this member that sees to what is left of others: it has the first
+    /// partition of the first topic, which one member has.
+    pub fn sees_to_strays(&self) -> Option<&[String]> {
+        let first = self.topics.first()?;
+        self.assigned.contains(&TopicPartition::new(first.as_str(), 0)).then_some(&self.topics)
+    }
+
+    /// Partitions that were taken away from this member.
+    pub fn revoked(&self) -> Arc<Revoked> {
+        self.revoked.clone()
+    }
+
+    /// Counts a batch of these partitions, which is none of the log's, as one that was handed on.
+    pub fn lend(&mut self, places: BTreeSet<TopicPartition>) {
+        self.out.push_back(places);
+    }
+
+    /// Polling now would give up a partition that is worked on still.
+    fn must_keep(&self) -> bool {
+        self.revoked_at.is_some_and(|at| at.elapsed() < YIELD)
+            && self.out.iter().flatten().any(|place| self.revoked.contains(place))
     }
 
     async fn consumer(&mut self) -> Result<&mut Box<dyn LogConsumer>, Fault> {
@@ -132,16 +190,15 @@ impl LogSource {
                 self.pending.extend(records);
             }
             Polled::Assigned(partitions) => {
-                for partition in partitions {
-                    self.revoked.remove(&partition);
-                    self.assigned.insert(partition);
-                }
+                self.revoked.change(|revoked| revoked.retain(|partition| !partitions.contains(partition)));
+                self.assigned.extend(partitions);
             }
             Polled::Revoked(partitions) => {
                 self.assigned.retain(|partition| !partitions.contains(partition));
                 self.pending.retain(|record| !partitions.contains(&place(record)));
                 self.pending_bytes = self.pending.iter().map(size).sum();
-                self.revoked.extend(partitions);
+                self.revoked.change(|revoked| revoked.extend(partitions));
+                self.revoked_at = Some(Instant::now());
             }
         }
     }
@@ -159,6 +216,7 @@ impl LogSource {
             offsets.insert(place(record), Offset(record.offset.0 + 1));
             self.last_timestamp_ms = self.last_timestamp_ms.max(record.timestamp_ms);
         }
+        self.out.push_back(offsets.keys().cloned().collect());
         Batch { events: records.len(), bytes, body: records, mark: offsets }
     }
 
@@ -207,6 +265,7 @@ impl Source for LogSource {
     }
 
     async fn acknowledge(&mut self, mut mark: Offsets) -> Result<(), Fault> {
+        self.out.pop_front();
         mark.retain(|partition, _| !self.revoked.contains(partition));
         if mark.is_empty() {
             return Ok(());
@@ -218,11 +277,13 @@ impl Source for LogSource {
         self.pending.clear();
         self.pending_bytes = 0;
         self.pending_since = None;
+        self.out.clear();
         if let Some(consumer) = &mut self.consumer
             && let Err(error) = consumer.rewind().await
         {
             tracing::debug!(group = self.group, %error, "the consumer is made anew");
             self.consumer = None;
+            self.assigned.clear();
         }
         self.consumer().await.map(drop)
     }
@@ -233,6 +294,9 @@ impl Source for LogSource {
             // has no members: one that is paused from the start joins it too.
             self.consumer().await?;
             self.set_paused(true).await?;
+            if self.must_keep() {
+                return Ok(());
+            }
             let limit = PollLimit { bytes: 1, records: 1, wait: Duration::from_millis(1) };
             let polled = self.consumer().await?.poll(&limit).await.map_err(fault)?;
             self.take(polled);

@@ -116,7 +116,7 @@ impl System {
         request.timeout = Some(request.timeout.unwrap_or(self.settings.timeouts.probe));
         // Bounded as a whole: login, turn and request.
         let longest = self.settings.timeouts.probe * 2 + self.settings.timeouts.connect;
-        match tokio::time::timeout(longest, self.exchange(&request)).await {
+        match tokio::time::timeout(longest, self.exchange(&request, &|| Ok(()))).await {
             Ok(Ok(response)) => Ok(response),
             Ok(Err(lost)) => Err(format!("the probe failed: {}", lost.reason())),
             Err(_) => Err(format!("the probe had no answer in {longest:?}")),

@@ -33,13 +33,18 @@ pub(super) enum Lost {
     NoTurn(Duration),
     /// No credentials: what a login came to.
     Credentials(String),
+    /// Its sender kept it back when its turn had come.
+    KeptBack(String),
 }
+
+/// Asked when a request's turn has come, right before it leaves; the reason keeps it back.
+pub type Ready<'a> = &'a (dyn Fn() -> Result<(), String> + Send + Sync);
 
 impl System {
     /// One request with its credentials, those refreshed once where they are no longer taken.
-    pub(super) async fn exchange(&self, request: &HttpRequest) -> Result<HttpResponse, Lost> {
+    pub(super) async fn exchange(&self, request: &HttpRequest, ready: Ready<'_>) -> Result<HttpResponse, Lost> {
         let credentials = self.credentials(None).await?;
-        let response = self.one(request, &credentials).await?;
+        let response = self.one(request, &credentials, ready).await?;
         let (AuthSettings::Login(login), Credentials::Header { generation: Some(stale), .. }) =
             (&self.settings.auth, &credentials)
         else {
@@ -49,7 +54,7 @@ impl System {
             return Ok(response);
         }
         let credentials = self.credentials(Some(*stale)).await?;
-        self.one(request, &credentials).await
+        self.one(request, &credentials, ready).await
     }
 
     async fn credentials(&self, stale: Option<u64>) -> Result<Credentials, Lost> {
@@ -60,7 +65,7 @@ impl System {
             }
             AuthSettings::Query { name, value } => Ok(Credentials::Query { name: name.clone(), value: value.clone() }),
             AuthSettings::Login(login) => {
-                let log_in = async |request: HttpRequest| self.one(&request, &Credentials::None).await;
+                let log_in = async |request: HttpRequest| self.one(&request, &Credentials::None, &|| Ok(())).await;
                 login.credentials(stale, log_in).await.map_err(|error| match error {
                     // A login changes nothing that counts: whatever became of it, the request was not sent.
                     LoginError::Sending(Lost::NoTurn(wait)) => Lost::NoTurn(wait),
@@ -74,11 +79,18 @@ impl System {
         }
     }
 
-    async fn one(&self, request: &HttpRequest, credentials: &Credentials) -> Result<HttpResponse, Lost> {
+    async fn one(
+        &self,
+        request: &HttpRequest,
+        credentials: &Credentials,
+        ready: Ready<'_>,
+    ) -> Result<HttpResponse, Lost> {
         let url = self.url(request).map_err(Lost::Unfit)?;
         let headers = self.headers(request, credentials).map_err(Lost::Unfit)?;
-        let limit = request.timeout.unwrap_or(self.settings.timeouts.request);
+        let limit = self.time_limit(request);
         let turn = self.budget.turn(self.settings.timeouts.turn).await.map_err(Lost::NoTurn)?;
+        // Waiting for the turn takes its time: what was true before it may not be any more.
+        ready().map_err(Lost::KeptBack)?;
         if !matches!(request.purpose, "probe" | "login") {
             self.sent.fetch_add(1, Ordering::Relaxed);
         }
@@ -180,7 +192,9 @@ impl System {
 impl Lost {
     pub(super) fn reason(&self) -> String {
         match self {
-            Lost::Unfit(reason) | Lost::NotSent(reason) | Lost::Credentials(reason) => reason.clone(),
+            Lost::Unfit(reason) | Lost::NotSent(reason) | Lost::Credentials(reason) | Lost::KeptBack(reason) => {
+                reason.clone()
+            }
             Lost::AfterSending(reason) => format!("{NO_ANSWER}: {reason}"),
             Lost::TooLong(status) => format!("answered {status}, at more than `response.limit`"),
             Lost::NoTurn(wait) => format!("no turn in the budget for {} s", wait.as_secs()),

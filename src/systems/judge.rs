@@ -114,6 +114,7 @@ impl System {
                 response: None,
                 reason: format!("the budget of '{}' is used up for {} s", self.name(), wait.as_secs()),
             },
+            Lost::KeptBack(reason) => Answer::Retry { after: None, response: None, reason },
             Lost::Credentials(reason) => Answer::Unavailable { after: None, reason, maybe_applied: false },
         }
     }

@@ -17,7 +17,7 @@ use tokio::time::Instant;
 use super::availability::Probed;
 use super::breaker::{Breaker, BreakerState};
 use super::budget::Budget;
-use super::exchange::{Lost, chain};
+use super::exchange::{Lost, Ready, chain};
 use super::{Answer, HttpRequest, SystemSettings};
 use crate::config::{ConfigError, Place};
 use crate::mapping::Compiler;
@@ -64,9 +64,14 @@ impl System {
         }))
     }
 
-    /// How long a request takes at the most: its turn and its answer.
-    pub fn longest_request(&self) -> Duration {
-        self.settings.timeouts.turn + self.settings.timeouts.request
+    /// How long a request waits for its turn in the budget, at the most.
+    pub fn longest_turn(&self) -> Duration {
+        self.settings.timeouts.turn
+    }
+
+    /// How long the request takes from its first byte to the last one of its answer, at the most.
+    pub fn time_limit(&self, request: &HttpRequest) -> Duration {
+        request.timeout.unwrap_or(self.settings.timeouts.request)
     }
 
     pub fn name(&self) -> &str {
@@ -119,13 +124,19 @@ impl System {
     /// refreshed login apart. Dropped before its turn has come, nothing is sent; dropped later, the request may
     /// have been applied.
     pub async fn send(&self, request: &HttpRequest) -> Answer {
+        self.send_if(request, &|| Ok(())).await
+    }
+
+    /// As [`System::send`], if `ready` still says so when the request's turn has come, right before it leaves. What
+    /// is kept back is told as [`Answer::Retry`] without a response, with the reason that `ready` gave.
+    pub async fn send_if(&self, request: &HttpRequest, ready: Ready<'_>) -> Answer {
         let Some(pass) = self.breaker.pass() else {
             self.watch_breaker();
             let reason = format!("'{}' is unavailable: {}", self.name(), self.breaker.reason());
             return Answer::Unavailable { after: Some(self.breaker.open_time()), reason, maybe_applied: false };
         };
         let began = Instant::now();
-        let (answer, certain) = match self.exchange(request).await {
+        let (answer, certain) = match self.exchange(request, ready).await {
             Ok(response) => {
                 let (answer, certain) = self.class(request, response).await;
                 (answer, Some(certain))

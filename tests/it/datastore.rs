@@ -130,24 +130,27 @@ async fn parked_records_keep_their_order_and_wake_when_the_link_is_there() {
     let places = parked_places(&client, "orders", &sale).await.unwrap();
     assert_eq!(places.iter().map(|place| place.2).collect::<Vec<_>>(), [0, 1]);
     assert!(parked_places(&client, "orders", &json!({"id": 2})).await.unwrap().is_empty());
-    assert!(parked_ready(&client, "orders", 10).await.unwrap().is_empty());
+    assert!(parked_ready(&client, "orders", &Owned::all(), 10).await.unwrap().is_empty());
 
     let mut link = Link::new(key(1), "public.customers");
     link.external = Some(json!(7));
     save_link(&client, &link).await.unwrap();
-    let ready = parked_ready(&client, "orders", 10).await.unwrap();
+    let ready = parked_ready(&client, "orders", &Owned::all(), 10).await.unwrap();
     assert_eq!(ready.len(), 1, "only the first of the queue");
     assert!(ready[0].satisfied);
     assert_eq!(ready[0].record, record(0));
-    assert_eq!(parked_queue(&client, "orders", &sale, 10).await.unwrap().len(), 2);
+    assert_eq!(parked_queue(&client, "orders", &sale, false, 10).await.unwrap().len(), 2);
     unpark(&client, "orders", &sale, &record(0)).await.unwrap();
-    let ready = parked_ready(&client, "orders", 10).await.unwrap();
+    let ready = parked_ready(&client, "orders", &Owned::all(), 10).await.unwrap();
     assert_eq!(ready[0].record.offset, Offset(1), "the next one moves up");
 
     park(&client, "orders", &sale, &record(1), &why(ParkedKind::Rejected, None)).await.unwrap();
-    assert!(parked_ready(&client, "orders", 10).await.unwrap().is_empty());
+    assert!(parked_ready(&client, "orders", &Owned::all(), 10).await.unwrap().is_empty());
     assert_eq!(command_parked(&client, "orders", None, Command::Replay).await.unwrap(), 1);
-    assert_eq!(parked_ready(&client, "orders", 10).await.unwrap()[0].summary.command, Some(Command::Replay));
+    assert_eq!(
+        parked_ready(&client, "orders", &Owned::all(), 10).await.unwrap()[0].summary.command,
+        Some(Command::Replay)
+    );
     assert_eq!(list_parked(&client, None, 10).await.unwrap()[0].attempts, 2);
     assert_eq!(parked_counts(&client, Some("orders")).await.unwrap(), vec![("orders".into(), ParkedKind::Rejected, 1)]);
     assert!(show_parked(&client, "orders", "shop.public.customers", 0, 1).await.unwrap().is_some());

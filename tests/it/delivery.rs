@@ -51,7 +51,7 @@ pub fn erp(tryton: &Tryton, proxy: &Proxy) -> Arc<System> {
     system("erp", &erp_file(tryton, proxy))
 }
 
-fn erp_file(tryton: &Tryton, proxy: &Proxy) -> String {
+pub fn erp_file(tryton: &Tryton, proxy: &Proxy) -> String {
     format!(
         r#"
 base_url: {}/{}/rest/model

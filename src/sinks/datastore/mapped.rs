@@ -201,6 +201,11 @@ impl Inside {
                 let found = find_link(client, &of).await?;
                 answers.put_link(&object, &key, found.and_then(|link| link.shown()));
             }
+            Wanted::Later { object, key } => {
+                let of = LinkKey { system: self.system.clone(), object: object.clone(), key: key.clone() };
+                let found = find_link(client, &of).await?;
+                answers.put_later(&object, &key, found.and_then(|link| link.shown()));
+            }
             Wanted::Local { object, id } => {
                 let found = link_by_external(client, &self.system, &object, &id, false).await?;
                 let key = found.filter(|link| !link.deleted).map(|link| match link.key.key {

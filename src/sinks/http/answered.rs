@@ -1,8 +1,9 @@
 //! The outcome of a request written to its link, while the intent is still there.
 
 use serde_json::{Map, Value};
+use tokio::time::Instant;
 
-use super::decide::{Doing, Job};
+use super::decide::{Decision, Doing, Job};
 use super::deliver::{Delivery, db};
 use super::expressions::{Answers, Unmapped};
 use super::outcome::Rejection;
@@ -13,15 +14,25 @@ use crate::mapping::{Program, Scope};
 use crate::pipeline::Fault;
 use crate::systems::{HttpResponse, RequestTemplate};
 
+/// What follows a request that was applied.
+pub(super) enum Applied {
+    /// The next step of a create, its intent committed.
+    Step(Box<Job>),
+    /// Another decision: more than was sent has changed.
+    Anew,
+    All,
+}
+
 impl Delivery {
-    /// Writes that the request was applied. Some: the next step, its intent committed. `Err`: what came back, or
-    /// the next step, is of no use; the intent is closed.
+    /// Writes that the request was applied. `Err`: what came back, or the next step, is of no use; the intent is
+    /// closed.
     pub(super) async fn applied(
         &self,
         key: &LinkKey,
         job: &Job,
         response: Option<&HttpResponse>,
-    ) -> Result<Result<Option<Job>, Rejection>, Fault> {
+    ) -> Result<Result<Applied, Rejection>, Fault> {
+        let begun = Instant::now();
         let mut client = self.datastore.client().await?;
         let transaction = client.transaction().await.map_err(db)?;
         let Some(mut link) = self.lock_own(&transaction, key, &job.intent.id).await? else {
@@ -55,6 +66,7 @@ impl Delivery {
         if job.operation == Doing::Delete {
             link.deleted = true;
             link.base_doc = None;
+            link.owed.clear();
             link.step = 0;
         }
         let mut next = None;
@@ -64,9 +76,9 @@ impl Delivery {
             let doing = Doing::Create(link.step as usize);
             let document = job.intent.document.clone();
             let idempotency_key = format!("{}-{}", job.intent.idempotency_key, link.step);
-            let prepared =
-                self.prepare(&transaction, &mut answers, &link, doing, document, None, idempotency_key).await?;
-            match prepared {
+            let owed = job.intent.owed.clone();
+            let decision = Decision { doing, document, owed, body: None, idempotency_key, begun };
+            match self.prepare(&transaction, &mut answers, &link, decision).await? {
                 Ok(job) => {
                     link.intent = Some(job.intent.clone());
                     next = Some(job);
@@ -74,8 +86,11 @@ impl Delivery {
                 Err(Unmapped::Failed(reason)) => refused = Some(reason),
                 Err(Unmapped::Waits(wanted)) => refused = Some(format!("a step of `create` waits for {wanted}")),
             }
-        } else if refused.is_none() && job.operation != Doing::Delete {
+        }
+        // What the steps after the first send is no part of what was agreed.
+        if refused.is_none() && matches!(job.operation, Doing::Create(0) | Doing::Update) {
             link.base_doc = Some(job.intent.document.clone());
+            link.owed.clone_from(&job.intent.owed);
             save_lines(&transaction, key, &self.shape.line_keys(&job.intent.document)).await?;
         }
         match save_link(&transaction, &link).await {
@@ -92,7 +107,14 @@ impl Delivery {
             Err(error) => return Err(error.into()),
         }
         Ok(match refused {
-            None => Ok(next),
+            None => Ok(match next {
+                Some(next) => Applied::Step(Box::new(next)),
+                // The row has changed since it was made: the steps that were left said nothing of it.
+                None if job.operation != Doing::Delete && link.base_doc.as_ref() != Some(&job.intent.document) => {
+                    Applied::Anew
+                }
+                None => Applied::All,
+            }),
             Some(reason) => Err(Rejection::because(reason)),
         })
     }

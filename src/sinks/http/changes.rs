@@ -24,10 +24,12 @@ impl Delivery {
                 events: vec![Event { record: event.record.clone(), change: event.change.clone() }],
                 queue: work.queue.clone(),
             };
-            match self.change(event).await? {
-                outcome @ (Outcome::Applied | Outcome::Skipped(_)) => counts += self.finish(&one, 0, outcome).await?,
+            match self.change(&one, event).await? {
+                outcome @ (Outcome::Applied | Outcome::Skipped(_)) => {
+                    counts += self.finish(&one, 0, outcome, &Attempt::default()).await?
+                }
                 outcome => {
-                    counts += self.finish(work, index, outcome).await?;
+                    counts += self.finish(work, index, outcome, &Attempt::default()).await?;
                     break;
                 }
             }
@@ -35,7 +37,7 @@ impl Delivery {
         Ok(counts)
     }
 
-    async fn change(&self, event: &Event) -> Result<Outcome, Fault> {
+    async fn change(&self, work: &KeyWork, event: &Event) -> Result<Outcome, Fault> {
         let change = &event.change;
         if change.origin.as_deref() == Some(self.settings.system.name()) {
             return Ok(Outcome::Skipped("it came from this system"));
@@ -87,8 +89,13 @@ impl Delivery {
                 }
             }
             drop(client);
+            let ready = || {
+                self.ownership.check().map_err(|fault| fault.message)?;
+                self.held(work).map_err(|fault| fault.message)
+            };
             self.ownership.check()?;
-            match self.settings.system.send(&request).await {
+            self.held(work)?;
+            match self.settings.system.send_if(&request, &ready).await {
                 Answer::Applied(_) => step += 1,
                 Answer::Rejected { response, reason } => {
                     let rejection = Rejection::because(reason).of(&request).answered(response.to_json());
@@ -97,17 +104,17 @@ impl Delivery {
                 Answer::Retry { after, response, reason } => {
                     match self.again(&mut attempt, after, response, reason, &request)? {
                         Next::Done(outcome) => return Ok(outcome),
-                        Next::Again(pause) => tokio::time::sleep(pause).await,
+                        Next::Again(pause) => self.pause(work, pause).await,
                     }
                 }
                 Answer::Unavailable { after, reason, .. } => return Err(Fault::unavailable(reason, after)),
                 // At least once: the receiver tells events apart by `$idempotency_key`.
                 Answer::Uncertain { reason } => {
-                    attempt.tries += 1;
-                    if attempt.tries > self.settings.retries {
+                    attempt.unanswered += 1;
+                    if attempt.unanswered > self.settings.retries {
                         return Err(Fault::unavailable(reason, None));
                     }
-                    tokio::time::sleep(pause_of(attempt.tries)).await;
+                    self.pause(work, pause_of(attempt.unanswered)).await;
                 }
             }
         }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use reqwest::Method;
 use serde_json::{Value, json};
+use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::deliver::{Attempt, Delivery, db};
@@ -13,7 +14,7 @@ use super::settings::{Initial, Update};
 use super::work::KeyWork;
 use crate::datastore::{DatastoreErrorKind, GenericClient, Intent, Link, delete_link, lock_link, save_link};
 use crate::event::Change;
-use crate::mapping::{Links, Program, Scope};
+use crate::mapping::{Links, Owed, Program, Scope};
 use crate::pipeline::Fault;
 use crate::systems::{HttpRequest, RequestTemplate};
 use crate::twoway::{Direction, MAX_FLIPS, Outgoing, Send, next_flips, what_to_send};
@@ -26,6 +27,8 @@ pub(super) struct Job {
     pub(super) operation: Doing,
     pub(super) intent: Intent,
     pub(super) request: HttpRequest,
+    /// Before the intent was written.
+    pub(super) begun: Instant,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,10 +50,24 @@ impl Doing {
     }
 }
 
+/// What is to be sent.
+pub(super) struct Decision {
+    pub(super) doing: Doing,
+    pub(super) document: Value,
+    /// Links that are not there, and that the document is mapped without.
+    pub(super) owed: Vec<Owed>,
+    /// What the connector's map gives, where the request has no body of its own.
+    pub(super) body: Option<Value>,
+    pub(super) idempotency_key: String,
+    /// Before the transaction that writes the intent.
+    pub(super) begun: Instant,
+}
+
 impl Delivery {
     /// One decision, and what it asks for.
     pub(super) async fn step(&self, work: &KeyWork, attempt: &mut Attempt) -> Result<Next, Fault> {
         let settings = &self.settings;
+        let begun = Instant::now();
         let mut client = self.datastore.client().await?;
         let transaction = client.transaction().await.map_err(db)?;
         let key = self.link_key(&work.key);
@@ -64,13 +81,16 @@ impl Delivery {
                 work.key, settings.object, link.table, work.table
             ))));
         }
-        if let Some(intent) = link.as_ref().and_then(|link| link.intent.clone()) {
-            if self.is_anothers(&transaction, &intent).await? {
+        if let Some(link) = &link
+            && let Some(intent) = link.intent.clone()
+        {
+            if self.is_anothers(&transaction, link).await? {
                 return Ok(Next::Again(BUSY));
             }
+            let quiet = link.quiet();
             drop(transaction);
             drop(client);
-            return self.resolve(&key, intent, attempt).await;
+            return self.resolve(&key, intent, quiet, attempt).await;
         }
         let mut link = link.unwrap_or_else(|| Link::new(key, work.table.to_string()));
         let document = match self.shape.read(&transaction, &work.table, &work.key).await {
@@ -83,6 +103,8 @@ impl Delivery {
         if link.deleted && document.is_some() {
             revive(&mut link, settings.delete.is_some());
         }
+        attempt.was_owing |= !link.owed.is_empty();
+        attempt.owed.clear();
         let shown = link.shown();
         let mut answers = Answers::new(settings.system.name());
         let now = match &document {
@@ -104,9 +126,10 @@ impl Delivery {
                 }
             }
         };
+        let owed = answers.owed().to_vec();
         let base = match (&link.base_doc, &document) {
-            // A base that can't be mapped any more is not known.
-            (Some(base), Some(_)) => self.map(&transaction, &mut answers, base, &shown).await?.ok(),
+            // A base that can't be mapped any more is not known. It was sent without the links that were owed then.
+            (Some(base), Some(_)) => self.map(&transaction, &mut answers.without(&link.owed), base, &shown).await?.ok(),
             _ => None,
         };
         let decision = what_to_send(
@@ -122,11 +145,13 @@ impl Delivery {
         );
         let (doing, body) = match decision {
             Send::Nothing => {
-                if document.is_some() && link.base_doc != document {
+                if document.is_some() && (link.base_doc != document || link.owed != owed) {
                     link.base_doc = document;
+                    link.owed.clone_from(&owed);
                     save_link(&transaction, &link).await?;
                 }
                 transaction.commit().await.map_err(db)?;
+                attempt.owed = owed;
                 return Ok(Next::skipped("nothing differs"));
             }
             Send::NothingToDelete => {
@@ -193,7 +218,9 @@ impl Delivery {
         };
         let document = document.unwrap_or_else(|| gone(work, &link));
         let idempotency_key = attempt.idempotency_key.clone().unwrap_or_else(|| Uuid::new_v4().simple().to_string());
-        let job = self.prepare(&transaction, &mut answers, &link, doing, document, body, idempotency_key).await?;
+        attempt.owed.clone_from(&owed);
+        let decision = Decision { doing, document, owed, body, idempotency_key, begun };
+        let job = self.prepare(&transaction, &mut answers, &link, decision).await?;
         let job = match job {
             Ok(job) => job,
             Err(unmapped) => return Ok(not_mapped(unmapped)),
@@ -231,17 +258,14 @@ impl Delivery {
     }
 
     /// The request of a decision, and its intent.
-    #[allow(clippy::too_many_arguments)] // all of them are the decision
     pub(super) async fn prepare<C: GenericClient>(
         &self,
         client: &C,
         answers: &mut Answers<'_>,
         link: &Link,
-        doing: Doing,
-        document: Value,
-        body: Option<Value>,
-        idempotency_key: String,
+        decision: Decision,
     ) -> Result<Result<Job, Unmapped>, Fault> {
+        let Decision { doing, document, owed, body, idempotency_key, begun } = decision;
         let template = self.template(doing)?;
         let shown = link.shown();
         let rendered = answers
@@ -257,6 +281,7 @@ impl Delivery {
             request.body = body.or_else(|| wants_body.then(|| json!({})));
             request.masked.body = self.settings.map.as_ref().is_some_and(Program::masked);
         }
+        let system = &self.settings.system;
         let intent = Intent {
             id: Uuid::new_v4().simple().to_string(),
             operation: doing.text().to_owned(),
@@ -264,9 +289,12 @@ impl Delivery {
             idempotency_key,
             owner: self.ownership.owner().to_owned(),
             started_ms: chrono::Utc::now().timestamp_millis(),
+            longest_ms: (system.longest_turn() + system.time_limit(&request)).as_millis() as i64,
+            ended: false,
             document,
+            owed,
         };
-        Ok(Ok(Job { operation: doing, intent, request }))
+        Ok(Ok(Job { operation: doing, intent, request, begun }))
     }
 }
 
@@ -282,6 +310,7 @@ pub(super) fn scope<'a>(
 fn revive(link: &mut Link, was_deleted_there: bool) {
     link.deleted = false;
     link.base_doc = None;
+    link.owed.clear();
     if was_deleted_there {
         link.external = None;
         link.base_remote = None;

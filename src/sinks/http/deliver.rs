@@ -3,8 +3,7 @@
 //! The way of one key: decide under the link's lock (`decide`), send with an intent behind (`sending`), write the
 //! outcome (`answered`); what can't be delivered is set aside (`parking`).
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -20,12 +19,12 @@ use super::ownership::Ownership;
 use super::settings::Settings;
 use super::shape::Shape;
 use super::work::KeyWork;
-use crate::datastore::{Datastore, GenericClient, Intent, LinkKey, lease_owner_alive};
+use crate::datastore::{Datastore, GenericClient, Link, LinkKey, lease_owner_alive};
+use crate::mapping::Owed;
 use crate::pipeline::{ConnectorContext, Counts, Fault, FaultKind, Status};
 use crate::registry::EventDecoder;
+use crate::sources::log::Revoked;
 
-/// An intent as old as this is resolved by whoever meets it: its owner may live and have lost the partition since.
-const LONGEST_INTENT_MS: i64 = 300_000;
 /// Pauses between tries of one record.
 const FIRST_PAUSE: Duration = Duration::from_millis(300);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
@@ -38,8 +37,7 @@ pub struct Delivery {
     pub(super) shape: Shape,
     pub(super) ownership: Ownership,
     pub(super) dead_letters: DeadLetters,
-    /// When requests without a certain outcome came to their end, by intent; of those open only.
-    pub(super) lost: Mutex<HashMap<String, Instant>>,
+    revoked: Arc<Revoked>,
     pub(super) status: Arc<Status>,
 }
 
@@ -50,13 +48,22 @@ pub(super) struct Attempt {
     pub looked_up: bool,
     /// Of a create that may have gone out before.
     pub idempotency_key: Option<String>,
+    /// Answers that asked for another try.
     pub tries: u32,
+    /// Requests without an answer: the network's or the system's doing, and not the record's.
+    pub unanswered: u32,
     /// The request for people of a step that had no answer and is sent again.
     pub sent_again: Option<String>,
     /// What a create was answered that is neither a yes nor a no: a status of 500 or more.
     pub doubtful: Option<Rejection>,
     /// All its tries are used up: what `doubtful` says is the end of it, unless `match` finds the record.
     pub given_up: bool,
+    /// Links that were not there when the row was sent as it is now.
+    pub owed: Vec<Owed>,
+    /// It was sent without some before.
+    pub was_owing: bool,
+    /// A request was applied.
+    pub sent: bool,
     pub(super) started: Option<Instant>,
 }
 
@@ -65,7 +72,11 @@ pub(super) fn db(error: tokio_postgres::Error) -> Fault {
 }
 
 impl Delivery {
-    pub async fn open(settings: Arc<Settings>, context: &ConnectorContext) -> Result<Self, Fault> {
+    pub async fn open(
+        settings: Arc<Settings>,
+        context: &ConnectorContext,
+        revoked: Arc<Revoked>,
+    ) -> Result<Self, Fault> {
         let alone = context.log.kind() == "embedded";
         let topic = settings.dead_letter_topic.clone().unwrap_or_else(|| format!("dead.{}", context.name));
         Ok(Delivery {
@@ -75,7 +86,7 @@ impl Delivery {
             shape: Shape::resolve(&settings, &context.datastore).await?,
             ownership: Ownership::take(&context.datastore, &context.name, alone).await?,
             dead_letters: DeadLetters::new(context.log.clone(), &context.name, &topic),
-            lost: Mutex::default(),
+            revoked,
             status: context.status.clone(),
             settings,
         })
@@ -129,31 +140,49 @@ impl Delivery {
             return self.changes(work).await;
         }
         self.rekey(work).await?;
-        let outcome = self.attempt(work).await?;
-        self.finish(work, 0, outcome).await
+        let mut attempt = Attempt { started: Some(Instant::now()), ..Attempt::default() };
+        let outcome = self.attempt(work, &mut attempt).await?;
+        self.finish(work, 0, outcome, &attempt).await
     }
 
-    /// True while another worker is at it.
-    pub(super) async fn is_anothers<C: GenericClient>(&self, client: &C, intent: &Intent) -> Result<bool, Fault> {
-        let age = chrono::Utc::now().timestamp_millis() - intent.started_ms;
+    /// True while another worker is at it. Not of an intent whose request must have ended: its owner may live and have
+    /// lost the partition since.
+    pub(super) async fn is_anothers<C: GenericClient>(&self, client: &C, link: &Link) -> Result<bool, Fault> {
+        let Some(intent) = &link.intent else { return Ok(false) };
         Ok(intent.owner != self.ownership.owner()
-            && age < LONGEST_INTENT_MS
+            && intent.settles_in(link.quiet(), self.settings.settle).is_some()
+            && !intent.ended
             && lease_owner_alive(client, &intent.owner).await?)
     }
 
+    /// An `Err` when the work's partition was taken away meanwhile: whoever has it now goes on.
+    pub(super) fn held(&self, work: &KeyWork) -> Result<(), Fault> {
+        match self.revoked.look(|revoked| work.lost(revoked)) {
+            None => Ok(()),
+            Some(place) => Err(Fault::retry(format!("{place} was taken away, and is left to whoever has it now"))),
+        }
+    }
+
+    /// Sleeps, unless the work's partition is taken away.
+    pub(super) async fn pause(&self, work: &KeyWork, time: Duration) {
+        let lost = self.revoked.until(|revoked| work.lost(revoked).is_some());
+        let _ = tokio::time::timeout(time, lost).await;
+    }
+
     /// Tries until the outcome is certain.
-    async fn attempt(&self, work: &KeyWork) -> Result<Outcome, Fault> {
-        let mut attempt = Attempt { started: Some(Instant::now()), ..Attempt::default() };
+    async fn attempt(&self, work: &KeyWork, attempt: &mut Attempt) -> Result<Outcome, Fault> {
         let mut conflicts = 0;
         loop {
-            match self.step(work, &mut attempt).await {
+            self.held(work)?;
+            match self.step(work, attempt).await {
+                Ok(Next::Done(Outcome::Skipped(_))) if attempt.sent => return Ok(Outcome::Applied),
                 Ok(Next::Done(outcome)) => return Ok(outcome),
-                Ok(Next::Again(pause)) => tokio::time::sleep(pause).await,
+                Ok(Next::Again(pause)) => self.pause(work, pause).await,
                 // Another transaction was in the way.
                 Err(fault) if matches!(fault.kind, FaultKind::Retry { .. }) && conflicts < 5 => {
                     conflicts += 1;
                     tracing::debug!(key = %work.key, %fault, "tried again");
-                    tokio::time::sleep(pause_of(conflicts)).await;
+                    self.pause(work, pause_of(conflicts)).await;
                 }
                 Err(fault) => return Err(fault),
             }

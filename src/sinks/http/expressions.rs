@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use crate::datastore::{DatastoreError, GenericClient, Link, LinkKey, find_link, link_by_external};
-use crate::mapping::{Links, MapError, Wanted};
+use crate::mapping::{Links, MapError, Owed, Wanted};
 
 /// An expression asks for one more link each time at the most; beyond this it asks without end.
 const ROUNDS: usize = 1000;
@@ -47,12 +47,37 @@ impl<'a> Answers<'a> {
         Ok(Err(Unmapped::Failed(format!("the expression asked for other links more than {ROUNDS} times"))))
     }
 
+    /// What `link_later(…)` was asked for so far, and was not there.
+    pub fn owed(&self) -> &[Owed] {
+        self.links.owed()
+    }
+
+    /// The same answers, but without the links that were not there at another time.
+    pub fn without(&self, owed: &[Owed]) -> Self {
+        let mut links = self.links.clone();
+        owed.iter().for_each(|(object, key)| links.put_later(object, key, None));
+        Answers { system: self.system, links }
+    }
+
+    async fn link<C: GenericClient>(
+        &self,
+        client: &C,
+        object: &str,
+        key: &Value,
+    ) -> Result<Option<Value>, DatastoreError> {
+        let link = LinkKey { system: self.system.to_owned(), object: object.to_owned(), key: key.clone() };
+        Ok(find_link(client, &link).await?.filter(is_settled).and_then(|link| link.shown()))
+    }
+
     async fn fetch<C: GenericClient>(&mut self, client: &C, wanted: Wanted) -> Result<(), DatastoreError> {
         match wanted {
             Wanted::Link { object, key } => {
-                let link = LinkKey { system: self.system.to_owned(), object: object.clone(), key: key.clone() };
-                let answer = find_link(client, &link).await?.filter(is_settled).and_then(|link| link.shown());
+                let answer = self.link(client, &object, &key).await?;
                 self.links.put_link(&object, &key, answer);
+            }
+            Wanted::Later { object, key } => {
+                let answer = self.link(client, &object, &key).await?;
+                self.links.put_later(&object, &key, answer);
             }
             Wanted::Local { object, id } => {
                 let link = link_by_external(client, self.system, &object, &id, false).await?;

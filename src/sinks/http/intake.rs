@@ -2,15 +2,18 @@
 //!
 //! Coming by the same way, one after the other, parked and live records of a key can't overtake each other.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::time::Instant;
 
-use crate::datastore::{Datastore, Parked, ParkedKind, parked_counts, parked_ready};
+use crate::datastore::{Datastore, Owned, Parked, ParkedKind, parked_counts, parked_ready};
+use crate::event::TopicPartition;
 use crate::log::ConsumedRecord;
 use crate::pipeline::{Batch, Fault, Source, Status};
 use crate::sources::log::{LogSource, Offsets};
+use crate::systems::System;
 
 /// How often the parked records are looked at.
 const LOOK: Duration = Duration::from_millis(500);
@@ -26,22 +29,36 @@ pub enum Work {
 pub struct Intake {
     log: LogSource,
     datastore: Datastore,
+    system: Arc<System>,
     connector: String,
-    status: std::sync::Arc<Status>,
+    status: Arc<Status>,
     look_at: Instant,
     ticks: u32,
 }
 
 impl Intake {
-    pub fn new(log: LogSource, datastore: Datastore, connector: &str, status: std::sync::Arc<Status>) -> Self {
-        Intake { log, datastore, connector: connector.to_owned(), status, look_at: Instant::now(), ticks: 0 }
+    pub fn new(
+        log: LogSource,
+        datastore: Datastore,
+        system: Arc<System>,
+        connector: &str,
+        status: Arc<Status>,
+    ) -> Self {
+        Intake { log, datastore, system, connector: connector.to_owned(), status, look_at: Instant::now(), ticks: 0 }
     }
 
     async fn ready(&mut self) -> Result<Vec<Parked>, Fault> {
+        let assigned = self.log.assigned();
+        if assigned.is_empty() {
+            return Ok(Vec::new());
+        }
+        let owned = Owned {
+            topics: assigned.iter().map(|place| place.topic.to_string()).collect(),
+            partitions: assigned.iter().map(|place| place.partition).collect(),
+            strays_of: self.log.sees_to_strays().map(<[String]>::to_vec),
+        };
         let client = self.datastore.client().await?;
-        let mut parked = parked_ready(&client, &self.connector, AT_ONCE).await?;
-        parked.retain(|parked| self.log.owns(&parked.summary.topic, parked.summary.partition));
-        Ok(parked)
+        Ok(parked_ready(&client, &self.connector, &owned, AT_ONCE).await?)
     }
 
     async fn tell_parked(&mut self) -> Result<(), Fault> {
@@ -75,6 +92,9 @@ impl Source for Intake {
                 });
                 if !parked.is_empty() {
                     let (events, bytes) = (parked.len(), parked.iter().map(|p| size(&p.record)).sum());
+                    let place =
+                        |parked: &Parked| TopicPartition::new(parked.record.topic.clone(), parked.record.partition);
+                    self.log.lend(parked.iter().map(place).collect());
                     return Ok(Batch { body: Work::Parked(parked), mark: Offsets::new(), events, bytes });
                 }
             }
@@ -102,6 +122,7 @@ impl Source for Intake {
     }
 
     async fn tick(&mut self, paused: bool) -> Result<(), Fault> {
+        self.status.set_fact("breaker", serde_json::json!(self.system.breaker()));
         self.ticks = self.ticks.wrapping_add(1);
         if self.ticks % 3 == 1 {
             self.tell_parked().await?;

@@ -3,12 +3,12 @@
 
 use serde_json::Value;
 
-use super::deliver::{Delivery, db};
+use super::deliver::{Attempt, Delivery, db};
 use super::outcome::{Outcome, Rejection};
 use super::work::{Event, KeyWork};
-use crate::datastore::{Client, NewParked, ParkedKind, park, parked_places, unpark};
+use crate::datastore::{Client, NewParked, ParkedKind, owe, park, parked_places, unpark};
 use crate::log::ConsumedRecord;
-use crate::mapping::Wanted;
+use crate::mapping::{Owed, Wanted};
 use crate::pipeline::{Counts, Fault};
 
 impl Delivery {
@@ -33,18 +33,31 @@ impl Delivery {
     }
 
     /// Writes what became of the events from `from` on: taken out of the queue, or set aside.
-    pub(super) async fn finish(&self, work: &KeyWork, from: usize, outcome: Outcome) -> Result<Counts, Fault> {
+    pub(super) async fn finish(
+        &self,
+        work: &KeyWork,
+        from: usize,
+        outcome: Outcome,
+        attempt: &Attempt,
+    ) -> Result<Counts, Fault> {
         let events = &work.events[from..];
         let queue = work.queue.as_ref().unwrap_or(&work.key);
         let rest = events.len().saturating_sub(1) as u64;
         let mut counts = Counts::default();
         let why = match outcome {
             Outcome::Applied | Outcome::Skipped(_) => {
-                if work.queue.is_some() {
+                if work.queue.is_some() || attempt.was_owing || !attempt.owed.is_empty() {
                     let mut client = self.datastore.client().await?;
                     let transaction = client.transaction().await.map_err(db)?;
-                    for event in events {
-                        unpark(&transaction, &self.connector, queue, &event.record).await?;
+                    if work.queue.is_some() {
+                        for event in events {
+                            unpark(&transaction, &self.connector, queue, &event.record).await?;
+                        }
+                    }
+                    if attempt.was_owing || !attempt.owed.is_empty() {
+                        let owing = attempt.owed.first().map(|owed| self.owing(owed));
+                        let last = events.last().map(|event| &event.record);
+                        owe(&transaction, &self.connector, &work.key, last.zip(owing.as_ref())).await?;
                     }
                     transaction.commit().await.map_err(db)?;
                 }
@@ -89,10 +102,23 @@ impl Delivery {
         Ok(counts)
     }
 
+    fn owing(&self, (object, key): &Owed) -> NewParked {
+        NewParked {
+            kind: ParkedKind::Owing,
+            waits_for: Some((self.settings.system.name().to_owned(), object.clone(), key.clone())),
+            reason: format!("was sent without the link of {object} {key}, and is sent again when that is there"),
+            request: None,
+            response: None,
+            deadline_s: Some(self.settings.link_timeout.as_secs_f64()),
+        }
+    }
+
     fn waiting(&self, wanted: Wanted) -> NewParked {
         let reason = format!("waits for {wanted}");
         let waits_for = match wanted {
-            Wanted::Link { object, key } => Some((self.settings.system.name().to_owned(), object, key)),
+            Wanted::Link { object, key } | Wanted::Later { object, key } => {
+                Some((self.settings.system.name().to_owned(), object, key))
+            }
             Wanted::Local { .. } => None,
         };
         NewParked {

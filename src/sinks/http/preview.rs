@@ -133,7 +133,8 @@ impl One<'_> {
                 Err(why) => return unmapped(why),
             }
             if let Some(agreed) = link.as_ref().and_then(|link| link.base_doc.as_ref()) {
-                base = self.map(&mut answers, agreed, &link_shown).await?.ok();
+                let owed = link.as_ref().map(|link| link.owed.as_slice()).unwrap_or_default();
+                base = self.map(&mut answers.without(owed), agreed, &link_shown).await?.ok();
             }
         }
         let settings = self.settings;

@@ -50,9 +50,7 @@ impl Delivery {
         if link.table != table {
             return Ok(true);
         }
-        if let Some(intent) = &link.intent
-            && self.is_anothers(&transaction, intent).await?
-        {
+        if self.is_anothers(&transaction, &link).await? {
             return Ok(false);
         }
         rekey_link(&transaction, &key, new).await?;

@@ -132,17 +132,15 @@ impl Delivery {
     }
 
     /// An intent is open whose request nobody will hear of any more: finds out what became of it.
-    pub(super) async fn resolve(&self, key: &LinkKey, intent: Intent, attempt: &mut Attempt) -> Result<Next, Fault> {
-        let rest = match self.lost_for(&intent.id) {
-            Some(ago) => self.settings.settle.checked_sub(ago),
-            // Of a worker that is gone: nobody knows when its request ended, only by when it must have.
-            None => {
-                let age = chrono::Utc::now().timestamp_millis() - intent.started_ms;
-                let age = Duration::from_millis(age.clamp(0, i64::MAX) as u64);
-                (self.settings.system.longest_request() + self.settings.settle).checked_sub(age)
-            }
-        };
-        if let Some(rest) = rest {
+    /// `quiet`: how long ago the link was written.
+    pub(super) async fn resolve(
+        &self,
+        key: &LinkKey,
+        intent: Intent,
+        quiet: Duration,
+        attempt: &mut Attempt,
+    ) -> Result<Next, Fault> {
+        if let Some(rest) = intent.settles_in(quiet, self.settings.settle) {
             // The system may still be at it.
             return Ok(Next::Again(rest.max(Duration::from_millis(10))));
         }
@@ -248,10 +246,6 @@ impl Delivery {
             link.intent = None;
             link.step += 1;
             link.pushed_seq = next_push_seq(&transaction).await?;
-            if link.steps_done(self.settings.create.len()) >= self.settings.create.len() {
-                link.base_doc = Some(intent.document.clone());
-                save_lines(&transaction, key, &self.shape.line_keys(&intent.document)).await?;
-            }
             save_link(&transaction, &link).await?;
             transaction.commit().await.map_err(db)?;
         }
@@ -292,8 +286,10 @@ impl Delivery {
         link.external = Some(id);
         link.kept = kept;
         link.step = 1;
-        // Only the first step is known to be done; the others follow, then the document is agreed.
-        link.base_doc = (self.settings.create.len() <= 1).then(|| intent.document.clone());
+        // Only the first step is known to be done; the others follow.
+        link.base_doc = Some(intent.document.clone());
+        link.owed.clone_from(&intent.owed);
+        save_lines(&transaction, key, &self.shape.line_keys(&intent.document)).await?;
         save_link(&transaction, &link).await?;
         transaction.commit().await.map_err(db)?;
         Ok(Next::Again(Duration::ZERO))

@@ -1,17 +1,16 @@
 //! A decision carried out: its request, those of the steps after it, and what becomes of each.
 //!
-//! The invariant: a request whose outcome is not certain leaves its intent open.
+//! The invariants: a request whose outcome is not certain leaves its intent open; and none leaves when its intent may
+//! be in other hands: later than its turn allows, after the lease has lapsed, or after the partition was taken away.
 
-use std::sync::PoisonError;
 use std::time::Duration;
 
-use tokio::time::Instant;
-
+use super::answered::Applied;
 use super::decide::{Doing, Job};
-use super::deliver::{Attempt, Delivery, pause_of};
+use super::deliver::{Attempt, Delivery, db, pause_of};
 use super::outcome::{Next, Outcome, Rejection};
 use super::work::KeyWork;
-use crate::datastore::LinkKey;
+use crate::datastore::{LinkKey, save_link};
 use crate::pipeline::Fault;
 use crate::systems::{Answer, HttpRequest, HttpResponse};
 
@@ -25,11 +24,23 @@ impl Delivery {
         attempt: &mut Attempt,
     ) -> Result<Next, Fault> {
         loop {
-            let answer = self.settings.system.send(&job.request).await;
+            let ready = || {
+                let system = &self.settings.system;
+                if job.begun.elapsed() > system.longest_turn() {
+                    return Err(format!("its turn in the budget of '{}' came too late", system.name()));
+                }
+                self.ownership.check().map_err(|fault| fault.message)?;
+                self.held(work).map_err(|fault| fault.message)
+            };
+            let answer = self.settings.system.send_if(&job.request, &ready).await;
             match answer {
                 Answer::Applied(response) => match self.applied(&key, &job, Some(&response)).await? {
-                    Ok(Some(next)) => job = next,
-                    Ok(None) => return Ok(Next::Done(Outcome::Applied)),
+                    Ok(Applied::Step(next)) => job = *next,
+                    Ok(Applied::Anew) => {
+                        attempt.sent = true;
+                        return Ok(Next::Again(Duration::ZERO));
+                    }
+                    Ok(Applied::All) => return Ok(Next::Done(Outcome::Applied)),
                     Err(rejection) => {
                         let rejection = rejection.of(&job.request).answered(response.to_json());
                         return Ok(Next::rejected(rejection));
@@ -65,7 +76,7 @@ impl Delivery {
                                             is not";
                         return Ok(Next::rejected(doubtful));
                     }
-                    self.set_lost(&job.intent.id);
+                    self.set_ended(&key, &job.intent.id).await;
                     attempt.looked_up = false;
                     attempt.doubtful = Some(doubtful);
                     return match self.again(attempt, after, Some(response), reason, &job.request)? {
@@ -85,7 +96,7 @@ impl Delivery {
                 }
                 Answer::Unavailable { after, reason, maybe_applied } => {
                     if maybe_applied {
-                        self.set_lost(&job.intent.id);
+                        self.set_ended(&key, &job.intent.id).await;
                     } else {
                         self.close_intent(&key, &job.intent.id).await?;
                     }
@@ -93,11 +104,11 @@ impl Delivery {
                 }
                 Answer::Uncertain { reason } => {
                     // The intent stays open; the next step finds and resolves it.
-                    attempt.tries += 1;
-                    self.set_lost(&job.intent.id);
+                    attempt.unanswered += 1;
+                    self.set_ended(&key, &job.intent.id).await;
                     attempt.looked_up = false;
                     tracing::warn!(connector = self.connector, key = %work.key, "{reason}; what became of it is looked up");
-                    if attempt.tries > self.settings.retries {
+                    if attempt.unanswered > self.settings.retries {
                         return Err(Fault::unavailable(reason, None));
                     }
                     return Ok(Next::Again(Duration::ZERO));
@@ -106,18 +117,23 @@ impl Delivery {
         }
     }
 
-    /// The intent's request has come to its end, and nobody knows to which.
-    fn set_lost(&self, intent: &str) {
-        let longest = self.settings.system.longest_request() + self.settings.settle;
-        let mut lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
-        // Older ones count as those of a worker that is gone, and have waited long enough as such.
-        lost.retain(|_, at| at.elapsed() < longest);
-        lost.insert(intent.to_owned(), Instant::now());
-    }
-
-    /// How long ago the intent's request ended; `None` for one of a worker that is gone.
-    pub(super) fn lost_for(&self, intent: &str) -> Option<Duration> {
-        self.lost.lock().unwrap_or_else(PoisonError::into_inner).get(intent).map(Instant::elapsed)
+    /// The intent's request has come to its end, and nobody knows to which: whoever has the key next need not wait for
+    /// that end. Where it can't be written, its time tells.
+    async fn set_ended(&self, key: &LinkKey, intent: &str) {
+        let written = async {
+            let mut client = self.datastore.client().await?;
+            let transaction = client.transaction().await.map_err(db)?;
+            if let Some(mut link) = self.lock_own(&transaction, key, intent).await? {
+                if let Some(intent) = &mut link.intent {
+                    intent.ended = true;
+                }
+                save_link(&transaction, &link).await?;
+            }
+            transaction.commit().await.map_err(db)
+        };
+        if let Err(fault) = written.await {
+            tracing::debug!(key = %key.key, %fault, "the end of a request is not noted");
+        }
     }
 
     /// Whether to try again, or to give the record up.

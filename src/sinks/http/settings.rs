@@ -167,12 +167,23 @@ impl Settings {
                 "`send: change` sends each event by one `request`; `match`, `update` and `delete` need links",
             ));
         }
+        let map = program(section, "map", &compiler)?;
+        if !change
+            && !matches!(update, Update::Request(_))
+            && let Some(map) = map.as_ref().filter(|map| map.text().contains("link_later"))
+        {
+            return Err(ConfigError::new(
+                map.place(),
+                "what `link_later` leaves out is sent by an `update`, and there is none",
+            )
+            .hint("give an `update`, or take `link`, which makes the row wait"));
+        }
         let settings = Settings {
             object,
             topics,
             send,
             when: program(section, "when", &compiler)?,
-            map: program(section, "map", &compiler)?,
+            map,
             matching,
             create,
             idempotent,

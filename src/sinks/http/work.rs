@@ -1,6 +1,6 @@
 //! Records to units of work: the events of one key in a batch are one attempt.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use serde_json::{Value, json};
 
@@ -8,7 +8,7 @@ use super::deliver::Delivery;
 use super::intake::Work;
 use super::outcome::Rejection;
 use crate::datastore::{Client, Command, Parked, ParkedKind, TableName, parked_places, parked_queue, unpark};
-use crate::event::{Change, Operation};
+use crate::event::{Change, Operation, TopicPartition};
 use crate::log::ConsumedRecord;
 use crate::pipeline::{Counts, Fault};
 
@@ -30,6 +30,18 @@ pub struct KeyWork {
 }
 
 impl KeyWork {
+    /// The partition that it is worked on for, where that is among the `revoked`. A queue is its head's, whatever
+    /// partitions the others in it are of.
+    pub fn lost(&self, revoked: &BTreeSet<TopicPartition>) -> Option<TopicPartition> {
+        if revoked.is_empty() {
+            return None;
+        }
+        let events = if self.queue.is_some() { self.events.get(..1).unwrap_or_default() } else { &self.events };
+        let mut places =
+            events.iter().map(|event| TopicPartition::new(event.record.topic.clone(), event.record.partition));
+        places.find(|place| revoked.contains(place))
+    }
+
     /// Nothing but rows read by a snapshot.
     pub fn is_snapshot(&self) -> bool {
         self.events.iter().all(|event| event.change.operation == Operation::Read)
@@ -104,15 +116,21 @@ impl Delivery {
                 tracing::info!(connector = self.connector, %key, offset = head.summary.offset, "a dead letter was dropped");
                 continue;
             }
-            if head.summary.kind == ParkedKind::Waiting && !head.satisfied && head.summary.command.is_none() {
-                let reason = format!("waited too long: {}", head.summary.reason);
+            let owing = head.summary.kind == ParkedKind::Owing;
+            if (owing || head.summary.kind == ParkedKind::Waiting) && !head.satisfied && head.summary.command.is_none()
+            {
+                let mut reason = format!("waited too long: {}", head.summary.reason);
+                if !owing {
+                    reason += "; hint: of rows that wait for each other, one can go first without the other's link, which \
+                               `link_later(…)` leaves out until it is there";
+                }
                 self.set_rejected(&client, key, &head.record, &Rejection::because(reason)).await?;
                 counts.rejected += 1;
                 continue;
             }
             let mut events = Vec::new();
             let mut own: Option<(TableName, Value)> = None;
-            for parked in parked_queue(&client, &self.connector, key, QUEUE).await? {
+            for parked in parked_queue(&client, &self.connector, key, owing, QUEUE).await? {
                 match self.decode(&parked.record).await? {
                     Ok(Some(change)) => {
                         let keys = match self.keys(&client, &change).await? {
