@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::Oid;
 
 /// A table as it was when its rows were written. Built from the catalog and kept by LSN, since the catalog may
 /// be newer than the WAL (CORRECTNESS 7).
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Table {
     pub oid: Oid,
     pub schema: String,
@@ -26,7 +28,7 @@ impl Table {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ReplicaIdentity {
     Default,
     Nothing,
@@ -34,7 +36,7 @@ pub enum ReplicaIdentity {
     Index,
 }
 
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Column {
     pub name: String,
     pub column_type: ColumnType,
@@ -48,7 +50,7 @@ pub struct Column {
 }
 
 /// A type, resolved as far as its kind asks for.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ColumnType {
     pub oid: Oid,
     pub schema: String,
@@ -57,7 +59,7 @@ pub struct ColumnType {
     pub kind: TypeKind,
 }
 
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum TypeKind {
     Base,
     Enum {

@@ -49,6 +49,15 @@ pub struct CreatedSlot {
     pub snapshot: Option<String>,
 }
 
+/// How long a slot lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SlotKind {
+    /// Until it is dropped. `failover`: standbys that synchronize slots have it, too (PostgreSQL 17).
+    Lasting { failover: bool },
+    /// As long as the session that makes it.
+    Temporary,
+}
+
 fn field(rows: &Rows, column: usize, during: &str) -> Result<String, PostgresError> {
     rows.first()
         .and_then(|row| row.get(column)?.clone())
@@ -74,11 +83,22 @@ pub async fn identify_system(session: &mut Session) -> Result<SystemIdentity, Po
 pub async fn create_slot(
     session: &mut Session,
     name: &str,
+    kind: SlotKind,
     export_snapshot: bool,
     deadline: Duration,
 ) -> Result<CreatedSlot, PostgresError> {
-    let snapshot = if export_snapshot { "EXPORT_SNAPSHOT" } else { "NOEXPORT_SNAPSHOT" };
-    let command = format!("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput {snapshot}", identifier(name));
+    let name = identifier(name);
+    let export = if export_snapshot { "EXPORT" } else { "NOEXPORT" };
+    let command = match kind {
+        SlotKind::Temporary => format!("CREATE_REPLICATION_SLOT {name} TEMPORARY LOGICAL pgoutput {export}_SNAPSHOT"),
+        SlotKind::Lasting { failover: false } => {
+            format!("CREATE_REPLICATION_SLOT {name} LOGICAL pgoutput {export}_SNAPSHOT")
+        }
+        SlotKind::Lasting { failover: true } => {
+            let snapshot = if export_snapshot { "export" } else { "nothing" };
+            format!("CREATE_REPLICATION_SLOT {name} LOGICAL pgoutput (SNAPSHOT '{snapshot}', FAILOVER true)")
+        }
+    };
     let rows = session.query(&command, deadline).await?;
     Ok(CreatedSlot {
         consistent_point: lsn(&field(&rows, 1, "CREATE_REPLICATION_SLOT")?)?,

@@ -38,6 +38,15 @@ impl TableFilter {
             && !any(&self.table_exclude, &full)
     }
 
+    /// Named to be left out, or one of Tidegate's or the server's own.
+    pub fn excludes(&self, schema: &str, table: &str) -> bool {
+        schema == OWN_SCHEMA
+            || schema == "pg_catalog"
+            || schema == "information_schema"
+            || any(&self.schema_exclude, schema)
+            || any(&self.table_exclude, &format!("{schema}.{table}"))
+    }
+
     /// Wanted by its own name, or as part of a partitioned table that is; its own exclusion counts.
     pub fn wants_table(&self, table: &CatalogTable) -> bool {
         if self.wants(&table.schema, &table.name) {

@@ -1,6 +1,6 @@
 //! Capture on real servers: what was committed is in the topics, whole, in order, whatever happens in between.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -8,15 +8,9 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tidegate::event::{Lsn, Operation};
 use tidegate::pipeline::ConnectorState;
-use tidegate::sinks::log::LogDestination;
-use tidegate::sources::postgres::SnapshotMode;
 
-use crate::support::capture::World;
+use crate::support::capture::{World, confirmed, letters, wait_for_equality};
 use crate::support::{Postgres, Version, eventually, postgres};
-
-fn letters(changes: &[tidegate::event::Change]) -> String {
-    changes.iter().map(|change| change.operation.letter()).collect()
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn rows_from_before_and_changes_from_after_are_in_the_topic() {
@@ -49,36 +43,6 @@ async fn rows_from_before_and_changes_from_after_are_in_the_topic() {
         assert_eq!(tombstones, 2);
         capture.stop().await.unwrap();
     }
-}
-
-/// The table as PostgreSQL has it: rows as JSON by key `id`.
-async fn rows(client: &tokio_postgres::Client, table: &str) -> BTreeMap<String, Value> {
-    let sql = format!("SELECT json_build_object('id', id)::text, to_json(t)::text FROM {table} t");
-    let mut rows = BTreeMap::new();
-    for row in client.query(&sql, &[]).await.unwrap() {
-        let key: Value = serde_json::from_str(row.get(0)).unwrap();
-        rows.insert(key.to_string(), serde_json::from_str(row.get(1)).unwrap());
-    }
-    rows
-}
-
-/// Waits until the topic, folded by key, is the table.
-async fn wait_for_equality(world: &World, client: &tokio_postgres::Client, table: &str) {
-    eventually(Duration::from_secs(60), "the folded topic equals the table", async || {
-        let (have, want) = (world.folded(&format!("shop.public.{table}")).await, rows(client, table).await);
-        if have == want {
-            return Ok(());
-        }
-        let wrong: Vec<_> = want.iter().filter(|(key, row)| have.get(*key) != Some(row)).take(3).collect();
-        Err(format!("{} rows, not {}; of the table: {wrong:?}", have.len(), want.len()))
-    })
-    .await;
-}
-
-async fn confirmed(client: &tokio_postgres::Client, world: &World) -> Lsn {
-    let sql = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = $1";
-    let row = client.query_one(sql, &[&world.settings.slot]).await.unwrap();
-    row.get::<_, Option<String>>(0).map(|lsn| lsn.parse().unwrap()).unwrap_or_default()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -273,63 +237,6 @@ async fn an_idle_database_in_a_busy_server_moves_its_slot_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_slot_that_is_gone_or_ahead_is_noticed() {
-    let server = Postgres::shared(Version::Newest).await;
-    let database = server.database("lost").await;
-    database.execute("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)").await;
-    let mut world = World::new(&database, &[r"public\.t"]);
-    let capture = world.start().await;
-    world.wait_for_changes("shop.public.t", 1).await;
-    capture.streaming().await;
-    capture.stop().await.unwrap();
-
-    let client = database.connect_as_superuser().await;
-    client.batch_execute("INSERT INTO t VALUES (2)").await.unwrap();
-    let slot = world.settings.slot.clone();
-    let sql = "SELECT pg_replication_slot_advance($1, pg_current_wal_lsn())";
-    eventually(Duration::from_secs(10), "the slot is free", async || client.execute(sql, &[&slot]).await).await;
-    let fault = world.start().await.ended().await.unwrap_err();
-    assert!(fault.message.contains("ahead of the log") && fault.message.contains(&slot), "{fault}");
-
-    client.execute("SELECT pg_drop_replication_slot($1)", &[&slot]).await.unwrap();
-    let fault = world.start().await.ended().await.unwrap_err();
-    assert!(fault.message.contains("is gone"), "{fault}");
-
-    let epoch = world.position().await.unwrap().epoch;
-    world.settings.snapshot = SnapshotMode::WhenNeeded;
-    let capture = world.start().await;
-    wait_for_equality(&world, &client, "t").await;
-    capture.stop().await.unwrap();
-    assert!(world.position().await.unwrap().epoch > epoch, "LSNs may have fallen: the epoch rises");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_was_set_back_is_noticed() {
-    let server = Postgres::shared(Version::Distribution).await;
-    let database = server.database("back").await;
-    database.execute("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)").await;
-    let mut world = World::new(&database, &[r"public\.t"]);
-    let capture = world.start().await;
-    capture.streaming().await;
-    capture.stop().await.unwrap();
-    // The log has read further than the server now is.
-    let mut position = world.position().await.unwrap();
-    position.commit_end = Lsn(position.commit_end.0 + (1 << 40));
-    LogDestination::open(world.log.clone(), "capture").await.unwrap().store(&position).await.unwrap();
-    let client = database.connect().await;
-    client.batch_execute("INSERT INTO t VALUES (2)").await.unwrap();
-    let fault = world.start().await.ended().await.unwrap_err();
-    assert!(fault.message.contains("was set back") && fault.message.contains("when_needed"), "{fault}");
-
-    world.settings.snapshot = SnapshotMode::WhenNeeded;
-    let capture = world.start().await;
-    capture.streaming().await;
-    wait_for_equality(&world, &client, "t").await;
-    capture.stop().await.unwrap();
-    assert!(world.position().await.unwrap().epoch > position.epoch);
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn a_commit_right_behind_a_message_outside_its_transaction_is_not_passed_over() {
     for version in Version::ALL {
         let server = Postgres::own(version).await;
@@ -350,20 +257,6 @@ async fn a_commit_right_behind_a_message_outside_its_transaction_is_not_passed_o
         assert_eq!(messages.len(), 40, "each once");
         capture.stop().await.unwrap();
     }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_slot_of_somebody_else_is_not_touched() {
-    let server = Postgres::shared(Version::Distribution).await;
-    let database = server.database("foreign").await;
-    database.execute("CREATE TABLE t (id int PRIMARY KEY)").await;
-    let world = World::new(&database, &[r"public\.t"]);
-    let client = database.connect().await;
-    let sql = "SELECT pg_create_logical_replication_slot($1, 'pgoutput')";
-    client.execute(sql, &[&world.settings.slot]).await.unwrap();
-    let fault = world.start().await.ended().await.unwrap_err();
-    assert!(fault.message.contains("somebody else's"), "{fault}");
-    assert!(confirmed(&client, &world).await > Lsn::ZERO);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -426,50 +319,6 @@ async fn a_server_can_shut_down_while_the_capture_is_paused() {
     server.start().await;
     capture.resume();
     world.wait_for_changes("shop.public.t", 1).await;
-    capture.stop().await.unwrap();
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_killed_snapshot_begins_anew_and_misses_nothing() {
-    let server = Postgres::shared(Version::Distribution).await;
-    let database = server.database("killed").await;
-    database
-        .execute(
-            "CREATE TABLE t (id int PRIMARY KEY, v text); \
-             INSERT INTO t SELECT i, repeat('x', 200) FROM generate_series(1, 60000) i",
-        )
-        .await;
-    let world = World::new(&database, &[r"public\.t"]);
-    let client = database.connect().await;
-    for _ in 0..2 {
-        let capture = world.start().await;
-        eventually(Duration::from_secs(30), "rows", async || capture.status.counts().applied > 0).await;
-        capture.crash().await;
-        client
-            .batch_execute("DELETE FROM t WHERE id % 1000 = 7; INSERT INTO t SELECT max(id) + 1 FROM t")
-            .await
-            .unwrap();
-    }
-    assert!(world.position().await.unwrap().snapshot.is_some(), "killed in its middle");
-    let capture = world.start().await;
-    capture.streaming().await;
-    client.batch_execute("UPDATE t SET v = 'last' WHERE id < 50").await.unwrap();
-    // The rows deleted between the two snapshots are in neither the new snapshot nor its stream; a fold over the
-    // new snapshot alone has the table.
-    let topic = "shop.public.t";
-    eventually(Duration::from_secs(60), "the last snapshot and its stream are the table", async || {
-        let changes = world.changes(topic).await;
-        let begin = changes.iter().rposition(|c| c.operation == Operation::Read).map_or(0, |last| {
-            let lsn = changes[last].lsn;
-            changes.iter().position(|c| c.operation == Operation::Read && c.lsn == lsn).unwrap()
-        });
-        let mut rows_seen = BTreeMap::new();
-        for change in &changes[begin..] {
-            rows_seen.insert(change.key.to_string(), change.after.clone());
-        }
-        if rows_seen == rows(&client, "t").await { Ok(()) } else { Err(format!("{} rows", rows_seen.len())) }
-    })
-    .await;
     capture.stop().await.unwrap();
 }
 

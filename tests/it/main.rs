@@ -1,5 +1,6 @@
 //! Tests by behaviour, on real servers that they start themselves.
 
+mod backlog;
 mod capture;
 mod cli;
 mod config;
@@ -13,9 +14,11 @@ mod golden;
 mod imports;
 mod kafka;
 mod log_conformance;
+mod losses;
 mod pull;
 mod references;
 mod registry;
+mod snapshots;
 mod support;
 mod types;
 mod whole;

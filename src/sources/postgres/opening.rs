@@ -4,13 +4,18 @@
 //! run in a task of its own, since making a slot may take long and the pipeline must not wait for it.
 //!
 //! # A first run, and a killed one
-//! Before anything is made on the server, an *intent* is stored in the log: a position with a snapshot that has
-//! nothing done. So a slot of our name is known to be ours to drop: one without an intent or a position in the log is
-//! somebody's, or the log was lost, and is not touched. A snapshot that was killed is begun anew, with a new slot: the
-//! exported snapshot died with its connection. All tables are read again: what was read at the old consistent point
-//! would miss the changes up to the new one, as they are in neither the snapshot nor the new slot's stream. Rows that
-//! are in the log twice are the same row at two times, in order; a fold by key is right.
+//! Before anything is made on the server, an *intent* is stored in the log: a position with a snapshot that has no
+//! consistent point yet. So a slot of our name is known to be ours to drop: one without an intent or a position in the
+//! log is somebody's, or the log was lost, and is not touched. With the slot made, its consistent point is stored before
+//! the first row.
+//!
+//! A snapshot that was killed keeps that slot. The tables that are left are read under a second, temporary slot's
+//! snapshot, and dated with the first one's consistent point, from which everything is then streamed. A row that was
+//! read, and deleted before it could be read again, is so deleted by the stream; what the second reading saw of changes
+//! since, the stream tells again in order. A fold by key is the table. Where the slot is lost meanwhile, a new one is
+//! made and all tables are read again; rows deleted in between then stay in the topics, and it is said.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,10 +23,10 @@ use bytes::BytesMut;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
-use crate::event::{CapturePosition, Lsn, Oid, SnapshotProgress, Table};
+use crate::event::{CapturePosition, Lsn, Oid, SharedTable, SnapshotProgress, Table};
 use crate::pipeline::{Fault, FaultKind, Status};
 use crate::postgres::catalog::{self, CatalogTable, ServerFacts};
-use crate::postgres::replication::{self, Acknowledged, Chunks, SystemIdentity};
+use crate::postgres::replication::{self, Acknowledged, Chunks, CreatedSlot, SlotKind, SystemIdentity};
 use crate::postgres::snapshot::{Rewritten, SnapshotReader};
 use crate::postgres::{Address, PostgresError, Purpose, Session, publication, slot};
 
@@ -59,6 +64,10 @@ pub(super) struct StreamFeed {
     pub task: tokio::task::JoinHandle<()>,
     /// The stored position, with the epoch of this timeline.
     pub position: CapturePosition,
+    /// The tables asked for as the catalog has them, and an end of the server's WAL after that: what commits behind it
+    /// has them so, or is announced by the stream (CORRECTNESS 7).
+    pub catalog: BTreeMap<Oid, SharedTable>,
+    pub behind: Lsn,
 }
 
 /// Rows of a snapshot, table by table.
@@ -67,6 +76,8 @@ pub(super) struct SnapshotFeed {
     pub task: tokio::task::JoinHandle<()>,
     pub time_us: i64,
     pub xid: u32,
+    /// Where in the WAL tables have the shape that they are read in.
+    pub shapes_from: Lsn,
     /// Tables, with the planner's guess at their rows.
     pub tables: Vec<(String, u64)>,
 }
@@ -98,6 +109,8 @@ pub(super) struct Wanted {
     /// With rows of their own, or roots where partitions are published through them.
     pub tables: Vec<CatalogTable>,
     pub parents: Vec<CatalogTable>,
+    /// Partitions that have the rows of roots.
+    pub leaves: Vec<CatalogTable>,
 }
 
 pub(super) async fn wanted(session: &mut Session, settings: &CaptureSettings) -> Result<Wanted, PostgresError> {
@@ -105,7 +118,7 @@ pub(super) async fn wanted(session: &mut Session, settings: &CaptureSettings) ->
     let asked: Vec<CatalogTable> = all.into_iter().filter(|table| settings.tables.wants_table(table)).collect();
     let (parents, leaves): (Vec<_>, Vec<_>) = asked.into_iter().partition(|table| table.partitioned);
     if !settings.via_root {
-        return Ok(Wanted { tables: leaves, parents });
+        return Ok(Wanted { tables: leaves, parents, leaves: Vec::new() });
     }
     // Through the root: a partition of a wanted root has no topic of its own.
     let covered = |table: &CatalogTable| {
@@ -114,9 +127,9 @@ pub(super) async fn wanted(session: &mut Session, settings: &CaptureSettings) ->
             .iter()
             .any(|(schema, name)| parents.iter().any(|parent| parent.schema == *schema && parent.name == *name))
     };
-    let mut tables: Vec<_> = leaves.into_iter().filter(|table| !covered(table)).collect();
+    let (leaves, mut tables): (Vec<_>, Vec<_>) = leaves.into_iter().partition(covered);
     tables.extend(parents.iter().filter(|table| !covered(table)).cloned());
-    Ok(Wanted { tables, parents: Vec::new() })
+    Ok(Wanted { tables, parents: Vec::new(), leaves })
 }
 
 pub(super) struct Opening {
@@ -198,22 +211,20 @@ impl Opening {
             if stored.system_identifier != system.system_identifier {
                 return Ok(Opened::Store(Box::new(fresh(stored.epoch + 1))));
             }
-            return self.begin(session, &system, &facts, stored).await;
+            return self.begin(session, &system, &facts, found.as_ref(), stored).await;
         }
         if self.settings.snapshot == SnapshotMode::InitialOnly {
             // Nobody will read the slot: it would only keep WAL.
             slot::drop_slot(&mut session, &self.settings.slot).await?;
             return Ok(Opened::Finished);
         }
-        if self.settings.snapshot == SnapshotMode::Always && self.first {
-            return Ok(Opened::Store(Box::new(fresh(stored.epoch + 1))));
-        }
         let handed = self.from.as_ref().map_or(stored.commit_end, |from| from.commit_end);
         if let Err(loss) = slot::check(&self.settings.slot, found.as_ref(), &system, &stored)
             .and_then(|()| slot::reaches(&system, handed))
         {
-            if self.settings.snapshot == SnapshotMode::WhenNeeded {
-                tracing::warn!(connector = %self.name, "{loss}; reading all tables anew (snapshot.mode: when_needed)");
+            if matches!(self.settings.snapshot, SnapshotMode::WhenNeeded | SnapshotMode::Always) {
+                tracing::warn!(connector = %self.name, "{loss}; reading all tables anew (snapshot.mode). Rows that were \
+                    deleted meanwhile stay in the topics");
                 return Ok(Opened::Store(Box::new(fresh(stored.epoch + 1))));
             }
             return Err(Fault::stop(format!(
@@ -221,7 +232,12 @@ impl Opening {
                  connectors reset'"
             )));
         }
-        self.publish(&mut session, &facts).await?;
+        if self.settings.snapshot == SnapshotMode::Always && self.first {
+            // Under the slot that is there: what was committed since is streamed, too.
+            let progress = SnapshotProgress { consistent_point: stored.commit_end, done: Vec::new() };
+            return Ok(Opened::Store(Box::new(CapturePosition { snapshot: Some(progress), ..stored })));
+        }
+        let wanted = self.publish(&mut session, &facts).await?;
         let mut position = self.from.clone().unwrap_or(stored);
         if position.timeline != system.timeline {
             tracing::warn!(connector = %self.name, from = position.timeline, to = system.timeline,
@@ -229,7 +245,14 @@ impl Opening {
             position.timeline = system.timeline;
             position.epoch += 1;
         }
-        self.stream(session, position).await
+        let oids: Vec<Oid> = wanted.tables.iter().map(|table| table.oid).collect();
+        let catalog = catalog::load_tables(&mut session, &oids, facts.version >= 180_000).await?;
+        session.close().await;
+        // A walsender that has run SQL has the catalog of now in its caches, and would decode older rows by it (tried: a
+        // column that came later, null, in rows from before). The stream's session runs nothing else.
+        let mut session = self.address.connect(Purpose::Replication).await?;
+        let behind = replication::identify_system(&mut session).await?.wal_end;
+        self.stream(session, position, catalog, behind).await
     }
 
     /// Passing: the other may end, or be our own connection that the server has not missed yet.
@@ -243,7 +266,14 @@ impl Opening {
     }
 
     /// Starts the stream behind `position`.
-    async fn stream(self, mut session: Session, position: CapturePosition) -> Result<Opened, Fault> {
+    async fn stream(
+        self,
+        mut session: Session,
+        position: CapturePosition,
+        catalog: BTreeMap<Oid, Table>,
+        behind: Lsn,
+    ) -> Result<Opened, Fault> {
+        let catalog = catalog.into_iter().map(|(oid, table)| (oid, Arc::new(table))).collect();
         let durable = self.stored.as_ref().map_or(position.commit_end, |stored| stored.commit_end);
         let settings = &self.settings;
         let started =
@@ -260,7 +290,7 @@ impl Opening {
         let stop = CancellationToken::new();
         let (chunks, task) = replication::spawn_stream(session, acknowledged.clone(), stop.clone());
         tracing::info!(connector = %self.name, slot = %settings.slot, from = %position.commit_end, "streaming");
-        Ok(Opened::Stream(Box::new(StreamFeed { chunks, acknowledged, stop, task, position })))
+        Ok(Opened::Stream(Box::new(StreamFeed { chunks, acknowledged, stop, task, position, catalog, behind })))
     }
 
     /// Makes the publication, or adds tables to it; warns of what it means.
@@ -272,6 +302,8 @@ impl Opening {
             Some("42501") => {
                 Fault::stop(format!("{error}. hint: a role that owns the tables must run: {};", changes.sql.join("; ")))
             }
+            // Somebody else has just made it.
+            Some("42710" | "23505") => Fault::retry(error.to_string()),
             _ => error.into(),
         })?;
         if !changes.added.is_empty() {
@@ -290,51 +322,109 @@ impl Opening {
         Ok(wanted)
     }
 
-    /// A new slot, and with it a snapshot where one is asked for. Only entered with an intent stored.
+    /// A slot, where there is none of this snapshot yet, and the snapshot where one is asked for. Only entered with an
+    /// intent stored.
     async fn begin(
         self,
         mut session: Session,
         system: &SystemIdentity,
         facts: &ServerFacts,
+        found: Option<&slot::Slot>,
         stored: CapturePosition,
     ) -> Result<Opened, Fault> {
         let wanted = self.publish(&mut session, facts).await?;
         let settings = self.settings.clone();
         let with_data = settings.snapshot != SnapshotMode::NoData;
+        let begun = stored.snapshot.as_ref().is_some_and(|progress| progress.consistent_point != Lsn::ZERO);
+        let keeps = match slot::check(&settings.slot, found, system, &stored) {
+            Ok(()) => begun && with_data,
+            Err(loss) => {
+                if begun {
+                    tracing::warn!(connector = %self.name, "{loss}; the snapshot is begun anew with another slot. Rows \
+                        that were read before and deleted since stay in the topics");
+                }
+                false
+            }
+        };
         for attempt in 1..=5 {
-            slot::drop_slot(&mut session, &settings.slot).await?;
             self.status.set_progress(Some(format!(
                 "making slot '{}': waiting for transactions that are under way",
                 settings.slot
             )));
-            let made = replication::create_slot(&mut session, &settings.slot, with_data, settings.slot_creation).await;
+            let made = self.make_slot(&mut session, keeps, with_data).await;
             self.status.set_progress(None);
             let made = made?;
-            let position = CapturePosition {
-                epoch: stored.epoch + u64::from(attempt > 1),
-                timeline: system.timeline,
-                commit_end: made.consistent_point,
-                last_commit: made.consistent_point,
-                fingerprint: settings.fingerprint(),
-                snapshot: with_data
-                    .then(|| SnapshotProgress { consistent_point: made.consistent_point, done: Vec::new() }),
-                ..stored.clone()
+            let position = match keeps {
+                true => CapturePosition { fingerprint: settings.fingerprint(), ..stored.clone() },
+                false => CapturePosition {
+                    epoch: stored.epoch + u64::from(attempt > 1 || begun),
+                    timeline: system.timeline,
+                    commit_end: made.consistent_point,
+                    last_commit: made.consistent_point,
+                    ordinal: 0,
+                    ordinal_xid: 0,
+                    fingerprint: settings.fingerprint(),
+                    snapshot: with_data
+                        .then(|| SnapshotProgress { consistent_point: made.consistent_point, done: Vec::new() }),
+                    ..stored.clone()
+                },
             };
             let Some(snapshot) = made.snapshot.filter(|_| with_data) else {
                 return Ok(Opened::Store(Box::new(position)));
             };
+            let done = position.snapshot.as_ref().map_or(&[][..], |progress| &progress.done);
+            let mut left = Wanted { tables: wanted.tables.clone(), parents: Vec::new(), leaves: wanted.leaves.clone() };
+            left.tables.retain(|table| !done.contains(&table.full_name()));
             let reading = self.address.connect(Purpose::Sql).await?;
-            let tables: Vec<(Oid, String, String)> =
-                wanted.tables.iter().map(|table| (table.oid, table.schema.clone(), table.name.clone())).collect();
-            match SnapshotReader::open(reading, &snapshot, &tables).await? {
-                Ok(reader) => return Ok(self.snapshot(session, reader, wanted, position, facts)),
+            let locked: Vec<(Oid, String, String)> = left
+                .tables
+                .iter()
+                .chain(&left.leaves)
+                .map(|table| (table.oid, table.schema.clone(), table.name.clone()))
+                .collect();
+            match SnapshotReader::open(reading, &snapshot, &locked).await? {
+                Ok(reader) => {
+                    if keeps {
+                        tracing::info!(connector = %self.name, slot = %settings.slot, since = %position.commit_end,
+                            tables = left.tables.len(), "reading the tables that are left");
+                    }
+                    return Ok(self.snapshot(session, reader, left, position, made.consistent_point, facts));
+                }
                 Err(Rewritten(tables)) => {
                     tracing::warn!(connector = %self.name, tables = %tables.join(", "),
-                        "rewritten since the slot was made; making it anew");
+                        "rewritten since the slot was made; taking the snapshot anew");
+                    if keeps {
+                        // The temporary slot goes with its session.
+                        session.close().await;
+                        session = self.address.connect(Purpose::Replication).await?;
+                    }
                 }
             }
         }
         Err(Fault::retry("tables were rewritten again and again while the snapshot was to begin"))
+    }
+
+    /// The capture's own slot, made anew; or a temporary one beside it, for its snapshot.
+    async fn make_slot(&self, session: &mut Session, beside: bool, export: bool) -> Result<CreatedSlot, Fault> {
+        let settings = &self.settings;
+        let deadline = settings.slot_creation;
+        if !beside {
+            slot::drop_slot(session, &settings.slot).await?;
+            let kind = SlotKind::Lasting { failover: settings.failover };
+            return Ok(replication::create_slot(session, &settings.slot, kind, export, deadline).await?);
+        }
+        let stem: String = settings.slot.chars().take(45).collect();
+        let name = format!("{stem}_{:08x}", rand::random::<u32>());
+        replication::create_slot(session, &name, SlotKind::Temporary, export, deadline).await.map_err(|error| {
+            match error.code() {
+                // All slots are taken.
+                Some("53400") => Fault::unavailable(
+                    format!("{error}. A snapshot that was cut is gone on with by a second, temporary slot"),
+                    None,
+                ),
+                _ => error.into(),
+            }
+        })
     }
 
     fn snapshot(
@@ -343,6 +433,7 @@ impl Opening {
         mut reader: SnapshotReader,
         wanted: Wanted,
         position: CapturePosition,
+        shapes_from: Lsn,
         facts: &ServerFacts,
     ) -> Opened {
         let (sender, items) = mpsc::channel(64);
@@ -365,7 +456,7 @@ impl Opening {
             tracing::info!(connector = %name, seconds = began.elapsed().as_secs(), "all tables are read");
             let _ = sender.send(last).await;
         });
-        Opened::Snapshot(SnapshotFeed { items, task, time_us, xid, tables }, Box::new(position))
+        Opened::Snapshot(SnapshotFeed { items, task, time_us, xid, shapes_from, tables }, Box::new(position))
     }
 }
 

@@ -13,12 +13,14 @@ use tokio::sync::{Mutex, OwnedMappedMutexGuard, OwnedMutexGuard};
 use crate::avro::{self, AvroError, TablePlan};
 use crate::event::{Operation, SharedTable, Table, TopicSlot};
 use crate::log::Log;
-use crate::pipeline::Fault;
+use crate::pipeline::{Fault, Status};
 use crate::postgres::pgoutput::Relation;
-use crate::postgres::{Address, PostgresError, Purpose, Session, catalog, relation};
-use crate::registry::Registry;
+use crate::postgres::publication::Autocreate;
+use crate::postgres::relation::Known;
+use crate::postgres::{Address, PostgresError, Purpose, Session, catalog, relation, slot};
+use crate::registry::{Registry, RegistryError};
 
-use super::settings::CaptureSettings;
+use super::settings::{CaptureSettings, OnIncompatible};
 
 /// What resolving needs; cheap to clone.
 #[derive(Clone)]
@@ -27,6 +29,7 @@ pub(super) struct Resolver {
     pub log: Arc<dyn Log>,
     pub registry: Arc<dyn Registry>,
     pub name: Arc<str>,
+    pub status: Arc<Status>,
     pub catalog: Catalog,
 }
 
@@ -65,6 +68,8 @@ pub(super) struct Captured {
     pub relation: Option<Arc<Relation>>,
     pub table: SharedTable,
     pub output: Option<Output>,
+    /// Taken for what it was before, since its rows are of a backlog: asked again when that is over.
+    pub behind: bool,
 }
 
 pub(super) struct Output {
@@ -112,9 +117,12 @@ impl Counters {
 }
 
 /// Where the table of a resolved relation comes from.
+#[derive(Debug)]
 pub(super) enum Origin {
-    /// The WAL, with what the relation was taken for before.
-    Wal(Arc<Relation>, Option<SharedTable>),
+    /// The WAL, with what the table was taken for before, and whether the row is of a backlog (CORRECTNESS 7).
+    Wal { relation: Arc<Relation>, before: Option<SharedTable>, behind: bool },
+    /// The backlog is over: what the catalog says of the table.
+    CaughtUp(Arc<Relation>, SharedTable),
     /// The catalog under a snapshot.
     Snapshot(SharedTable),
     /// A row had a null in this column, which the catalog says has none: the row decides.
@@ -133,14 +141,19 @@ impl Resolver {
 
     async fn resolve_unbounded(self, origin: Origin) -> Result<Captured, Fault> {
         let (relation, table) = match origin {
-            Origin::Wal(relation, before) => {
-                if !self.wants(&relation).await? {
-                    let table = Arc::new(relation::table(&relation, None, None, &Default::default()));
-                    return Ok(Captured { relation: Some(relation), table, output: None });
+            Origin::Wal { relation, before, behind } => {
+                if !self.wants(&relation, before.is_some()).await? {
+                    let table = Arc::new(relation::table(&relation, Known::default(), &Default::default()));
+                    return Ok(Captured { relation: Some(relation), table, output: None, behind: false });
                 }
-                let table = self.complete(&relation, before.as_deref()).await?;
-                (Some(relation), Arc::new(table))
+                let table = match before {
+                    Some(before) if behind && relation::matches(&before, &relation) => before,
+                    before => Arc::new(self.complete(&relation, before.as_deref(), behind).await?),
+                };
+                let output = Some(self.output(&table).await?);
+                return Ok(Captured { relation: Some(relation), table, output, behind });
             }
+            Origin::CaughtUp(relation, table) => (Some(relation), table),
             Origin::Snapshot(table) => (None, table),
             Origin::Nullable(relation, table, column) => {
                 let mut table = Table::clone(&table);
@@ -151,25 +164,34 @@ impl Resolver {
             }
         };
         let output = self.output(&table).await?;
-        Ok(Captured { relation, table, output: Some(output) })
+        Ok(Captured { relation, table, output: Some(output), behind: false })
     }
 
-    async fn wants(&self, relation: &Relation) -> Result<bool, Fault> {
-        if self.settings.tables.wants(&relation.schema, &relation.name) {
+    /// `known`: it was captured before.
+    async fn wants(&self, relation: &Relation, known: bool) -> Result<bool, Fault> {
+        let tables = &self.settings.tables;
+        if tables.wants(&relation.schema, &relation.name) {
             return Ok(true);
         }
         // It may be part of a partitioned table that is wanted.
         let mut session = self.catalog.session().await?;
-        let tables = catalog::tables(&mut session).await?;
-        Ok(tables.iter().any(|table| table.oid == relation.oid && self.settings.tables.wants_table(table)))
+        let all = catalog::tables(&mut session).await?;
+        if let Some(table) = all.iter().find(|table| table.oid == relation.oid) {
+            return Ok(tables.wants_table(table));
+        }
+        // It was dropped since, and nothing tells what it was a part of. A publication made for just the tables asked
+        // for would not have sent it otherwise.
+        let ours = known || self.settings.autocreate == Autocreate::Filtered;
+        Ok(ours && !tables.excludes(&relation.schema, &relation.name))
     }
 
-    async fn complete(&self, relation: &Relation, before: Option<&Table>) -> Result<Table, Fault> {
+    async fn complete(&self, relation: &Relation, before: Option<&Table>, behind: bool) -> Result<Table, Fault> {
         let type_oids: BTreeSet<_> = relation.columns.iter().map(|column| column.type_oid).collect();
         let mut session = self.catalog.session().await?;
         let now = catalog::load_tables(&mut session, &[relation.oid], true).await?;
         let types = catalog::load_types(&mut session, type_oids).await?;
-        Ok(relation::table(relation, now.get(&relation.oid), before, &types))
+        let known = Known { now: now.get(&relation.oid), before, behind };
+        Ok(relation::table(relation, known, &types))
     }
 
     async fn output(&self, table: &Table) -> Result<Output, Fault> {
@@ -179,11 +201,70 @@ impl Resolver {
         self.log.ensure_topic(&self.settings.topic(&topic)).await.map_err(Fault::from)?;
         let key_id = match &schemas.key {
             None => None,
-            Some(schema) => Some(self.registry.register(&format!("{topic}-key"), schema).await?.0),
+            Some(schema) => Some(self.register(table, &format!("{topic}-key"), schema).await?),
         };
-        let value_id = self.registry.register(&format!("{topic}-value"), &schemas.value).await?.0;
+        let value_id = self.register(table, &format!("{topic}-value"), &schemas.value).await?;
         let plan = TablePlan::compile(table, encoding, key_id, value_id).map_err(encoding_fault)?;
         Ok(Output { counters: Counters::new(&self.name, &table.full_name()), topic: topic.into(), plan, slot: None })
+    }
+}
+
+impl Resolver {
+    /// The schema's id. Where the subject refuses it: what `on.incompatible` says.
+    async fn register(&self, table: &Table, subject: &str, schema: &str) -> Result<u32, Fault> {
+        /// Subjects tried beside the first.
+        const MOST: u32 = 100;
+        let refused = match self.registry.register(subject, schema).await {
+            Err(RegistryError::Incompatible { reason, .. }) => reason,
+            other => return Ok(other?.0),
+        };
+        let name = table.full_name();
+        if self.settings.incompatible == OnIncompatible::Stop {
+            return Err(Fault::stop(format!(
+                "subject '{subject}' refuses the new schema of {name}: {reason}. Nothing of the capture goes on, and \
+                 nothing is lost while its slot lives: {guard}. hint: lower the subject's compatibility level, then \
+                 'tidegate connectors restart {connector}'; or set 'on.incompatible: new-subject'",
+                reason = refused.trim_end_matches('.'),
+                guard = self.slot_guard().await,
+                connector = self.name,
+            )));
+        }
+        for version in 2..=MOST {
+            let next = format!("{subject}-v{version}");
+            match self.registry.register(&next, schema).await {
+                Err(RegistryError::Incompatible { .. }) => {}
+                Err(error) => return Err(error.into()),
+                Ok(id) => {
+                    tracing::warn!(connector = %self.name, table = %name, %subject, registered = %next, reason = %refused,
+                        "the subject refuses the new schema: registered under another (on.incompatible: new-subject)");
+                    return Ok(id.0);
+                }
+            }
+        }
+        Err(Fault::stop(format!("{MOST} subjects beside '{subject}' refuse the schema of {name}: {refused}")))
+    }
+
+    /// How long the server goes on keeping WAL for the slot, in words.
+    async fn slot_guard(&self) -> String {
+        let slot = &self.settings.slot;
+        let look = async { slot::find(&mut *self.catalog.session().await?, slot).await };
+        match tokio::time::timeout(Duration::from_secs(10), look).await {
+            Ok(Ok(Some(found))) => {
+                let kept = found.kept_bytes >> 20;
+                match found.safe_wal_size {
+                    Some(safe) => format!(
+                        "slot '{slot}' keeps {kept} MB of WAL; the server gives it up after {} MB more \
+                         (max_slot_wal_keep_size)",
+                        safe.max(0) >> 20
+                    ),
+                    None => format!(
+                        "slot '{slot}' keeps {kept} MB of WAL, and nothing bounds what it goes on to keep on the \
+                         server's disk (max_slot_wal_keep_size = -1)"
+                    ),
+                }
+            }
+            _ => format!("slot '{slot}' keeps WAL on the server's disk until the capture goes on"),
+        }
     }
 }
 

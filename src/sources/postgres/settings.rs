@@ -31,17 +31,29 @@ pub enum SnapshotMode {
     WhenNeeded,
 }
 
+/// `on.incompatible`: the registry refuses a table's new schema.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnIncompatible {
+    /// The capture stops and says so; its slot keeps what comes.
+    Stop,
+    /// The schema goes under another subject (`TOPIC-value-v2`), in the same topic.
+    NewSubject,
+}
+
 #[derive(Clone, Debug)]
 pub struct CaptureSettings {
     /// `None`: the worker's datastore.
     pub database: Option<DatastoreSettings>,
     pub prefix: String,
     pub slot: String,
+    /// `slot.failover`
+    pub failover: bool,
     pub publication: String,
     pub autocreate: Autocreate,
     pub via_root: bool,
     pub tables: TableFilter,
     pub snapshot: SnapshotMode,
+    pub incompatible: OnIncompatible,
     /// Operations that make no event.
     pub skipped: BTreeSet<char>,
     /// Logical messages by prefix: included (all, where empty), excluded.
@@ -80,11 +92,13 @@ impl CaptureSettings {
             database: None,
             prefix: prefix.to_owned(),
             slot: format!("tidegate_{name}"),
+            failover: false,
             publication: format!("tidegate_{name}"),
             autocreate: Autocreate::Filtered,
             via_root: false,
             tables: TableFilter::default(),
             snapshot: SnapshotMode::Initial,
+            incompatible: OnIncompatible::Stop,
             skipped: BTreeSet::from(['t']),
             messages_included: Vec::new(),
             messages_excluded: Vec::new(),
@@ -118,6 +132,7 @@ impl CaptureSettings {
             }
             settings.slot = slot.value;
         }
+        settings.failover = section.or("slot.failover", false)?;
         settings.publication = section.or("publication.name", settings.publication)?;
         settings.autocreate = section.or("publication.autocreate.mode", settings.autocreate)?;
         settings.via_root = section.or("publish.via.partition.root", false)?;
@@ -128,6 +143,7 @@ impl CaptureSettings {
             table_exclude: patterns(section, "table.exclude.list")?,
         };
         settings.snapshot = section.or("snapshot.mode", settings.snapshot)?;
+        settings.incompatible = section.or("on.incompatible", settings.incompatible)?;
         if let Some(list) = section.take::<Spanned<Vec<String>>>("skipped.operations")? {
             settings.skipped.clear();
             for entry in &list.value {
@@ -268,6 +284,11 @@ crate::choices!(SnapshotMode {
     "no_data" => SnapshotMode::NoData,
     "always" => SnapshotMode::Always,
     "when_needed" => SnapshotMode::WhenNeeded,
+});
+
+crate::choices!(OnIncompatible {
+    "stop" => OnIncompatible::Stop,
+    "new-subject" => OnIncompatible::NewSubject,
 });
 
 crate::choices!(Autocreate {

@@ -27,11 +27,13 @@ pub(super) enum Step {
     Consumed,
     /// The batch is as large as it may be.
     Full,
-    /// This relation must be made ready. The cursor stands before its message; `next` is behind it.
-    Relation { relation: Arc<Relation>, next: usize },
+    /// These relations must be made ready for the change at `lsn`. The cursor stands before that.
+    Relations { relations: Vec<Arc<Relation>>, lsn: Lsn },
     /// A row has a null where the table has none: the table is to be made ready with this column nullable. The
     /// cursor stands before the row.
-    Nullable { oid: Oid, column: usize },
+    Nullable { oid: Oid, column: usize, lsn: Lsn },
+    /// The backlog ([`Writer::behind`]) is over. The cursor stands before the first message behind it.
+    CaughtUp { lsn: Lsn },
     /// The message topic must be made ready. The cursor stands before the message.
     Messages,
 }
@@ -65,6 +67,10 @@ pub(super) struct Writer {
     /// Commit time of the last transaction, microseconds since 1970.
     pub last_commit_us: Option<i64>,
     rows: RowReader,
+    /// Relations told, and no change of theirs met yet: a Relation message itself has no LSN.
+    announced: Vec<Arc<Relation>>,
+    /// Transactions that end before this are a backlog: the catalog was read when the server was there already.
+    pub behind: Option<Lsn>,
 }
 
 impl Writer {
@@ -83,6 +89,8 @@ impl Writer {
             meta: TransactionMeta::default(),
             last_commit_us: None,
             rows: RowReader::default(),
+            announced: Vec::new(),
+            behind: None,
         }
     }
 
@@ -91,6 +99,7 @@ impl Writer {
     pub(super) fn reset(&mut self, position: CapturePosition) {
         self.position = position;
         self.transaction = None;
+        self.announced.clear();
         self.take();
     }
 
@@ -122,9 +131,12 @@ impl Writer {
             match body.u8()? {
                 b'w' => {
                     let lsn = Lsn(body.u64()?);
+                    if lsn != Lsn::ZERO && !self.announced.is_empty() {
+                        return Ok(Step::Relations { relations: std::mem::take(&mut self.announced), lsn });
+                    }
                     body.bytes(16)?;
                     let message = pgoutput::decode(body.rest(), &mut old, &mut new)?;
-                    let at = At { lsn, now_ns, next: *cursor + length };
+                    let at = At { lsn, now_ns };
                     if let Some(step) = self.message(message, &at, &old, &mut new)? {
                         return Ok(step);
                     }
@@ -180,6 +192,10 @@ impl Writer {
                 }
             }
             Message::Begin { commit_lsn, commit_time_us, xid } => {
+                if self.behind.is_some_and(|end| commit_lsn >= end) {
+                    self.behind = None;
+                    return Ok(Some(Step::CaughtUp { lsn: at.lsn.max(self.position.commit_end) }));
+                }
                 let covered = commit_lsn < self.position.commit_end;
                 let resumed = xid == self.position.ordinal_xid && self.position.ordinal > 0;
                 let skip = match (covered, resumed) {
@@ -210,9 +226,7 @@ impl Writer {
                     position.fingerprint = self.settings.fingerprint();
                 }
             }
-            Message::Relation(relation) => {
-                return Ok(Some(Step::Relation { relation, next: at.next }));
-            }
+            Message::Relation(relation) => self.announced.push(relation),
             Message::LogicalMessage { transactional, lsn, prefix, content } => {
                 return self.logical_message(transactional, lsn, prefix, content, at);
             }
@@ -332,7 +346,7 @@ impl Writer {
                     self.headers = None;
                 }
                 self.uncount();
-                Ok(Some(Step::Nullable { oid, column: index }))
+                Ok(Some(Step::Nullable { oid, column: index, lsn: at.lsn }))
             }
             Err(error) => Err(encoding_fault(error).context(format!("at LSN {}", at.lsn))),
         }
@@ -454,8 +468,6 @@ impl Writer {
 struct At {
     lsn: Lsn,
     now_ns: i64,
-    /// Cursor behind the message.
-    next: usize,
 }
 
 /// A place to write the records of one change.

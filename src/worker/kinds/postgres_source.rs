@@ -98,7 +98,8 @@ impl Connector for Settings {
                 let lost = found.as_ref().is_none_or(|slot| slot.wal_status == "lost");
                 let end = if lost {
                     slot::drop_slot(&mut session, slot_name).await?;
-                    replication::create_slot(&mut session, slot_name, false, self.0.slot_creation)
+                    let kind = replication::SlotKind::Lasting { failover: self.0.failover };
+                    replication::create_slot(&mut session, slot_name, kind, false, self.0.slot_creation)
                         .await?
                         .consistent_point
                 } else {

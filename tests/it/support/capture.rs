@@ -7,7 +7,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use serde_json::Value;
 use tidegate::datastore::{Datastore, DatastoreSettings};
-use tidegate::event::{CapturePosition, Change};
+use tidegate::event::{CapturePosition, Change, Lsn};
 use tidegate::log::embedded::{EmbeddedLog, EmbeddedSettings};
 use tidegate::log::{ConsumedRecord, Log, PollLimit, StartAt, StopAt};
 use tidegate::pipeline::{ConnectorContext, Control, Fault, Plan, Signal, Status};
@@ -50,6 +50,11 @@ impl Registry for MemoryRegistry {
         let known = schemas.iter().position(|(name, text)| name == subject && &**text == schema);
         Ok(known.map(|at| SchemaId(at as u32 + 1)))
     }
+}
+
+/// What changes did, a letter each.
+pub fn letters(changes: &[Change]) -> String {
+    changes.iter().map(|change| change.operation.letter()).collect()
 }
 
 /// A log in a folder of its own, and a registry.
@@ -192,6 +197,38 @@ impl World {
         })
         .await
     }
+}
+
+/// The table as PostgreSQL has it: rows as JSON by key `id`.
+pub async fn rows(client: &tokio_postgres::Client, table: &str) -> BTreeMap<String, Value> {
+    let sql = format!("SELECT json_build_object('id', id)::text, to_json(t)::text FROM {table} t");
+    let mut rows = BTreeMap::new();
+    for row in client.query(&sql, &[]).await.unwrap() {
+        let key: Value = serde_json::from_str(row.get(0)).unwrap();
+        rows.insert(key.to_string(), serde_json::from_str(row.get(1)).unwrap());
+    }
+    rows
+}
+
+/// Waits until the topic, folded by key, is the table.
+pub async fn wait_for_equality(world: &World, client: &tokio_postgres::Client, table: &str) {
+    eventually(Duration::from_secs(60), "the folded topic equals the table", async || {
+        let (have, want) = (world.folded(&format!("shop.public.{table}")).await, rows(client, table).await);
+        if have == want {
+            return Ok(());
+        }
+        let wrong: Vec<_> = want.iter().filter(|(key, row)| have.get(*key) != Some(row)).take(3).collect();
+        let extra: Vec<_> = have.keys().filter(|key| !want.contains_key(*key)).take(3).collect();
+        Err(format!("{} rows, not {}; of the table: {wrong:?}; not of it: {extra:?}", have.len(), want.len()))
+    })
+    .await;
+}
+
+/// What the server knows to be durable.
+pub async fn confirmed(client: &tokio_postgres::Client, world: &World) -> Lsn {
+    let sql = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = $1";
+    let row = client.query_one(sql, &[&world.settings.slot]).await.unwrap();
+    row.get::<_, Option<String>>(0).map(|lsn| lsn.parse().unwrap()).unwrap_or_default()
 }
 
 impl Running {

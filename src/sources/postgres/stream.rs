@@ -1,0 +1,211 @@
+//! The stage that streams: received bytes to batches, relations made ready on the way.
+//!
+//! Invariant: a relation's rows are written only when it is ready, and what it was taken for is noted in the batch of
+//! the first of them ([`super::schemas`]).
+
+use std::time::Duration;
+
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout_at};
+
+use crate::event::{CapturePosition, Lsn};
+use crate::pipeline::Fault;
+use crate::postgres::relation;
+use crate::postgres::replication::Chunk;
+
+use super::envelope::MessageTopic;
+use super::opening::StreamFeed;
+use super::relations::{Origin, Resolver};
+use super::schemas::Schemas;
+use super::writer::{Step, Writer};
+use super::{Resolving, joined, now_ns, stream_ended};
+
+/// How soon an idle slot is moved on when the server asks (it asks before it shuts down).
+const ASKED: Duration = Duration::from_secs(1);
+
+pub(super) struct Streaming {
+    pub feed: StreamFeed,
+    chunk: Option<Chunk>,
+    cursor: usize,
+    resolving: Option<Ready>,
+    /// Tables to be made ready after that one, for rows from this LSN on.
+    waiting: Vec<(Origin, Lsn)>,
+    readying_messages: Option<JoinHandle<Result<MessageTopic, Fault>>>,
+    /// When received bytes were last looked at, or found to be none: changes that are in the log already, or filtered,
+    /// are consumed and nothing is handed on.
+    consumed: Instant,
+    /// How often the server had asked when the position was last moved on.
+    asked: u64,
+}
+
+/// A table being made ready.
+struct Ready {
+    task: Resolving,
+    /// Rows from here on are taken for it.
+    from: Lsn,
+}
+
+/// When a position that only filtered or foreign transactions moved is to be handed on.
+#[derive(Clone, Copy)]
+pub(super) struct Idle {
+    /// When a position was last handed on.
+    pub since: Instant,
+    pub every: Duration,
+    /// Up to where all is handed on.
+    pub handed: Option<Lsn>,
+}
+
+impl Drop for Streaming {
+    fn drop(&mut self) {
+        if let Some(ready) = &self.resolving {
+            ready.task.abort();
+        }
+        if let Some(task) = &self.readying_messages {
+            task.abort();
+        }
+    }
+}
+
+impl Streaming {
+    pub(super) fn new(feed: StreamFeed) -> Self {
+        Streaming {
+            feed,
+            chunk: None,
+            cursor: 0,
+            resolving: None,
+            waiting: Vec::new(),
+            readying_messages: None,
+            consumed: Instant::now(),
+            asked: 0,
+        }
+    }
+
+    /// Goes on until a batch, or a position alone, is to be handed on. Safe to drop at its await.
+    pub(super) async fn next(
+        &mut self,
+        writer: &mut Writer,
+        schemas: &mut Schemas,
+        resolver: &Resolver,
+        idle: Idle,
+    ) -> Result<CapturePosition, Fault> {
+        loop {
+            self.make_ready(writer, schemas, resolver).await?;
+            if let Some(chunk) = &self.chunk {
+                let step = writer.run(&chunk.bytes, &mut self.cursor, now_ns())?;
+                self.consumed = Instant::now();
+                match step {
+                    Step::Consumed => {
+                        self.chunk = None;
+                        // Millions of changes may be passed over in a row: acknowledgements, ticks and a stop wait for
+                        // this to let go.
+                        tokio::task::yield_now().await;
+                    }
+                    Step::Full => return Ok(writer.position.clone()),
+                    step => self.begin(step, writer, schemas, resolver),
+                }
+                continue;
+            }
+            let received = match self.feed.chunks.try_recv() {
+                Ok(received) => Some(received),
+                Err(tokio::sync::mpsc::error::TryRecvError::Empty) => None,
+                Err(tokio::sync::mpsc::error::TryRecvError::Disconnected) => return Err(stream_ended()),
+            };
+            if let Some(received) = received {
+                self.chunk = Some(received?);
+                self.cursor = 0;
+                continue;
+            }
+            // Nothing more is here: what is written may go, at the end of a transaction.
+            let between = !writer.in_transaction();
+            if between && !writer.batch.is_empty() {
+                return Ok(writer.position.clone());
+            }
+            let moved_on = between && idle.handed.is_none_or(|handed| writer.position.commit_end > handed);
+            let asked = self.feed.acknowledged.asked();
+            let received = if moved_on {
+                let due = idle.since + if asked == self.asked { idle.every } else { ASKED };
+                // Looks again a little later, since the server may ask meanwhile.
+                let soon = due.min(Instant::now() + ASKED);
+                match timeout_at(soon, self.feed.chunks.recv()).await {
+                    Ok(received) => received,
+                    Err(_) if Instant::now() >= due => {
+                        self.asked = asked;
+                        return Ok(writer.position.clone());
+                    }
+                    Err(_) => continue,
+                }
+            } else {
+                self.asked = asked;
+                self.feed.chunks.recv().await
+            };
+            self.chunk = Some(received.ok_or_else(stream_ended)??);
+            self.cursor = 0;
+        }
+    }
+
+    /// Waits for what the writer waits for.
+    async fn make_ready(
+        &mut self,
+        writer: &mut Writer,
+        schemas: &mut Schemas,
+        resolver: &Resolver,
+    ) -> Result<(), Fault> {
+        loop {
+            if let Some(ready) = &mut self.resolving {
+                let captured = joined((&mut ready.task).await)?;
+                if captured.output.is_some() {
+                    schemas.note(&captured.table, writer.position.epoch, ready.from, &mut writer.batch);
+                }
+                self.resolving = None;
+                writer.relations.insert(captured.table.oid, captured);
+            }
+            if let Some(task) = &mut self.readying_messages {
+                writer.messages = Some(joined(task.await)?);
+                self.readying_messages = None;
+            }
+            let Some((origin, from)) = self.waiting.pop() else { return Ok(()) };
+            let task = tokio::spawn(resolver.clone().resolve(origin));
+            self.resolving = Some(Ready { task, from });
+        }
+    }
+
+    fn begin(&mut self, step: Step, writer: &mut Writer, schemas: &Schemas, resolver: &Resolver) {
+        match step {
+            Step::Consumed | Step::Full => {}
+            Step::Relations { relations, lsn } => {
+                let behind = writer.behind.is_some();
+                for relation in relations {
+                    let last = || writer.relations.get(&relation.oid).map(|captured| captured.table.clone());
+                    let before = schemas.at(relation.oid, writer.position.epoch, lsn).cloned().or_else(last);
+                    self.waiting.push((Origin::Wal { relation, before, behind }, lsn));
+                }
+            }
+            Step::Nullable { oid, column, lsn } => {
+                let Some(captured) = writer.relations.get(&oid) else { return };
+                let origin = Origin::Nullable(captured.relation.clone(), captured.table.clone(), column);
+                self.waiting.push((origin, lsn));
+            }
+            Step::Messages => {
+                self.readying_messages = Some(tokio::spawn(MessageTopic::ready(resolver.clone())));
+            }
+            Step::CaughtUp { lsn } => {
+                for captured in writer.relations.values_mut().filter(|captured| captured.behind) {
+                    captured.behind = false;
+                    let now = self.feed.catalog.get(&captured.table.oid);
+                    let (Some(relation), Some(now)) = (&captured.relation, now) else { continue };
+                    if **now != *captured.table && relation::matches(now, relation) {
+                        self.waiting.push((Origin::CaughtUp(relation.clone(), now.clone()), lsn));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether bytes have been lying here for longer than `limit` without anybody asking for them.
+    pub(super) fn waits_longer_than(&mut self, limit: Duration) -> bool {
+        if self.chunk.is_none() && self.feed.chunks.is_empty() {
+            self.consumed = Instant::now();
+        }
+        self.consumed.elapsed() > limit
+    }
+}
