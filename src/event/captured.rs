@@ -8,6 +8,8 @@ use super::{CapturePosition, RecordBatch};
 #[derive(Clone, Debug, Default)]
 pub struct CapturedBatch {
     pub records: RecordBatch,
+    /// How many of the records are no events, but what the capture keeps for itself.
+    pub own: usize,
     pub position: Option<CapturePosition>,
 }
 

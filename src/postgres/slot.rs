@@ -74,6 +74,12 @@ pub async fn hold(session: &mut Session, name: &str) -> Result<Option<String>, P
     Ok(Some(who(session, &sql).await?))
 }
 
+/// Lets go of what [`hold`] took.
+pub async fn release(session: &mut Session, name: &str) -> Result<(), PostgresError> {
+    let key = format!("hashtextextended({}, 0)", literal(&format!("tidegate slot {name}")));
+    session.query(&format!("SELECT pg_advisory_unlock({key})"), DEADLINE).await.map(drop)
+}
+
 /// Who streams from the slot.
 pub async fn user(session: &mut Session, name: &str) -> Result<String, PostgresError> {
     let sql = format!(

@@ -1,13 +1,22 @@
 //! Snapshots: whole whatever happens in between, and one with the stream that follows.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tidegate::event::Operation;
 use tidegate::sources::postgres::SnapshotMode;
 
-use crate::support::capture::{World, letters, rows, wait_for_equality};
+use crate::support::capture::{Running, World, letters, rows, wait_for_equality};
 use crate::support::{Gate, Postgres, Version, eventually};
+
+/// Waits until more than `rows` are in the log, and hardly longer.
+async fn until_applied(capture: &Running, rows: u64) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while capture.status.counts().applied <= rows {
+        assert!(Instant::now() < deadline, "{:?}", capture.status.last_error());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_snapshot_continues_with_the_tables_left_and_leaves_no_ghosts() {
@@ -20,7 +29,7 @@ async fn a_killed_snapshot_continues_with_the_tables_left_and_leaves_no_ghosts()
                 "CREATE TABLE a_small (id int PRIMARY KEY, v text); \
                  INSERT INTO a_small SELECT i, 'first' FROM generate_series(1, 100) i; \
                  CREATE TABLE t (id int PRIMARY KEY, v text); \
-                 INSERT INTO t SELECT i, repeat('x', 200) FROM generate_series(1, 60000) i",
+                 INSERT INTO t SELECT i, repeat('x', 200) FROM generate_series(1, 100000) i",
             )
             .await;
         let world = World::new(&database, &[r"public\..*"]);
@@ -28,8 +37,7 @@ async fn a_killed_snapshot_continues_with_the_tables_left_and_leaves_no_ghosts()
         let mut epoch = None;
         for round in 0..2 {
             let capture = world.start().await;
-            let from = if round == 0 { 5_000 } else { 0 };
-            eventually(Duration::from_secs(30), "rows", async || capture.status.counts().applied > from).await;
+            until_applied(&capture, if round == 0 { 5_000 } else { 0 }).await;
             capture.crash().await;
             let position = world.position().await.unwrap();
             assert!(position.snapshot.is_some(), "killed in its middle");
@@ -67,12 +75,12 @@ async fn a_killed_snapshot_whose_slot_is_lost_is_begun_anew_with_another() {
     database
         .execute(
             "CREATE TABLE t (id int PRIMARY KEY, v text); \
-             INSERT INTO t SELECT i, repeat('x', 200) FROM generate_series(1, 60000) i",
+             INSERT INTO t SELECT i, repeat('x', 200) FROM generate_series(1, 100000) i",
         )
         .await;
     let world = World::new(&database, &[r"public\.t"]);
     let capture = world.start().await;
-    eventually(Duration::from_secs(30), "rows", async || capture.status.counts().applied > 0).await;
+    until_applied(&capture, 0).await;
     capture.crash().await;
     let position = world.position().await.unwrap();
     assert!(position.snapshot.is_some(), "killed in its middle");
@@ -80,10 +88,10 @@ async fn a_killed_snapshot_whose_slot_is_lost_is_begun_anew_with_another() {
     let slot = world.settings.slot.clone();
     let drop = "SELECT pg_drop_replication_slot($1)";
     eventually(Duration::from_secs(10), "dropped", async || client.execute(drop, &[&slot]).await).await;
-    client.batch_execute("INSERT INTO t VALUES (70000, 'new')").await.unwrap();
+    client.batch_execute("INSERT INTO t VALUES (170000, 'new')").await.unwrap();
     let capture = world.start().await;
     capture.streaming().await;
-    client.batch_execute("INSERT INTO t VALUES (70001, 'newer')").await.unwrap();
+    client.batch_execute("INSERT INTO t VALUES (170001, 'newer')").await.unwrap();
     wait_for_equality(&world, &client, "t").await;
     capture.stop().await.unwrap();
     assert!(world.position().await.unwrap().epoch > position.epoch);

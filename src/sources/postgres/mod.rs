@@ -164,7 +164,7 @@ impl PostgresSource {
     /// Hands on what is written, with the position it brings the log to.
     fn hand_on(&mut self, position: CapturePosition) -> Batch<CapturedBatch, Mark> {
         let (records, events) = self.writer.as_mut().map(Writer::take).unwrap_or_default();
-        self.schemas.handed_on();
+        let own = self.schemas.handed_on();
         self.batches_handed += 1;
         self.moved = Instant::now();
         self.handed = Some(position.clone());
@@ -175,7 +175,7 @@ impl PostgresSource {
             commit_time_us: self.writer.as_ref().and_then(|writer| writer.last_commit_us),
         };
         let bytes = records.byte_size();
-        Batch { body: CapturedBatch { records, position: Some(position) }, mark, events, bytes }
+        Batch { body: CapturedBatch { records, own, position: Some(position) }, mark, events, bytes }
     }
 
     fn open(&mut self) -> Stage {

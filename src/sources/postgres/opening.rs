@@ -247,12 +247,22 @@ impl Opening {
         }
         let oids: Vec<Oid> = wanted.tables.iter().map(|table| table.oid).collect();
         let catalog = catalog::load_tables(&mut session, &oids, facts.version >= 180_000).await?;
-        session.close().await;
-        // A walsender that has run SQL has the catalog of now in its caches, and would decode older rows by it (tried: a
-        // column that came later, null, in rows from before). The stream's session runs nothing else.
-        let mut session = self.address.connect(Purpose::Replication).await?;
+        let mut session = self.hand_over(session).await?;
         let behind = replication::identify_system(&mut session).await?.wal_end;
         self.stream(session, position, catalog, behind).await
+    }
+
+    /// Another connection in place of this one, with the slot held: a walsender that has run SQL on tables has the catalog
+    /// of now in its caches, and decodes older rows by it (tried: a later column, null, in rows from before it). On the
+    /// stream's connection nothing that touches a table is ever run.
+    async fn hand_over(&self, mut session: Session) -> Result<Session, Fault> {
+        slot::release(&mut session, &self.settings.slot).await?;
+        session.close().await;
+        let mut session = self.address.connect(Purpose::Replication).await?;
+        match slot::hold(&mut session, &self.settings.slot).await? {
+            None => Ok(session),
+            Some(holder) => Err(self.taken(&holder)),
+        }
     }
 
     /// Passing: the other may end, or be our own connection that the server has not missed yet.
@@ -395,8 +405,7 @@ impl Opening {
                         "rewritten since the slot was made; taking the snapshot anew");
                     if keeps {
                         // The temporary slot goes with its session.
-                        session.close().await;
-                        session = self.address.connect(Purpose::Replication).await?;
+                        session = self.hand_over(session).await?;
                     }
                 }
             }

@@ -14,7 +14,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::event::{HeaderSet, Lsn, Oid, RecordBatch, SharedTable};
-use crate::log::{Log, PollLimit, StartAt, TopicSpec};
+use crate::log::{Log, PollLimit, StartAt, StopAt, TopicSpec};
 use crate::pipeline::Fault;
 
 use super::settings::CaptureSettings;
@@ -94,11 +94,13 @@ impl Schemas {
         self.loaded = false;
     }
 
-    /// The batch was handed on.
-    pub(super) fn handed_on(&mut self) {
+    /// The batch was handed on, with so many records of this topic.
+    pub(super) fn handed_on(&mut self) -> usize {
+        let count = self.unwritten.len();
         for entry in self.unwritten.drain(..) {
             self.entries.entry(entry.table.oid).or_default().push(entry);
         }
+        count
     }
 
     /// The batch was given up.
@@ -137,10 +139,10 @@ pub(super) async fn read(log: &Arc<dyn Log>, connector: &str, settings: &Capture
     const DEADLINE: Duration = Duration::from_secs(60);
     let reading = async {
         log.ensure_topic(&topic_spec(connector, settings)).await?;
-        let mut reader = log.reader(&topic(connector), StartAt::Beginning).await?;
+        let mut reader = log.reader(&topic(connector), StartAt::Beginning, StopAt::End).await?;
         let limit = PollLimit { bytes: 4 << 20, records: 10_000, wait: Duration::from_millis(200) };
         let mut found = Vec::new();
-        while !reader.at_end().await? {
+        while !reader.at_end() {
             for record in reader.poll(&limit).await? {
                 match record.value.as_deref().map(serde_json::from_slice::<Entry>) {
                     Some(Ok(entry)) => found.push(Found(entry)),
