@@ -64,12 +64,14 @@ pub struct Mark {
 }
 
 type Resolving = JoinHandle<Result<Captured, Fault>>;
+/// What an opening came to, and the tables' shapes where they were to be read.
+type Begun = (Opened, Option<Vec<Found>>);
 
 enum Stage {
     Closed,
     /// The position that was handed on must be durable first.
     Storing,
-    Opening(JoinHandle<Result<(Opened, Option<Vec<Found>>), Fault>>),
+    Opening(JoinHandle<Result<Begun, Fault>>),
     Snapshot(Box<Snapshot>),
     Streaming(Box<Streaming>),
     Finished,
