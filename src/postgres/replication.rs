@@ -78,6 +78,17 @@ pub async fn identify_system(session: &mut Session) -> Result<SystemIdentity, Po
     })
 }
 
+/// The timelines that `timeline` came from, each with the LSN at which it was left.
+pub async fn timeline_history(session: &mut Session, timeline: u32) -> Result<Vec<(u32, Lsn)>, PostgresError> {
+    let rows = session.query(&format!("TIMELINE_HISTORY {timeline}"), COMMAND).await?;
+    let content = field(&rows, 1, "TIMELINE_HISTORY")?;
+    let left = |line: &str| -> Option<(u32, Lsn)> {
+        let mut words = line.split_whitespace();
+        Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?))
+    };
+    Ok(content.lines().filter_map(left).collect())
+}
+
 /// Makes a logical slot for pgoutput. The server waits for every transaction that is under way, so `deadline` is
 /// about the longest of them.
 pub async fn create_slot(

@@ -135,30 +135,74 @@ pub enum Loss {
     )]
     Behind { end: Lsn, stored: Lsn },
     #[error(
+        "the server is on timeline {timeline}, which left timeline {read_on} at {left_at}; the log has changes from that \
+         one up to {stored}: a standby was promoted, or a backup restored, without the last of them. The log has \
+         changes that the server has not, and changes of the new timeline in their place would be passed over"
+    )]
+    Diverged { timeline: u32, read_on: u32, left_at: Lsn, stored: Lsn },
+    #[error(
+        "the server is on timeline {timeline}, which does not come from timeline {read_on} that the log was written \
+         from: it was promoted or restored from a point before that one began"
+    )]
+    OtherHistory { timeline: u32, read_on: u32 },
+    #[error(
         "this is another PostgreSQL cluster (system identifier {found}, the log was written from {stored}): it was \
          restored, upgraded, or the address changed"
     )]
     OtherCluster { found: String, stored: String },
 }
 
-/// Compares the slot with what is stored (CORRECTNESS 4). The server itself would go on silently from wherever the
-/// slot stands.
-pub fn check(
-    slot_name: &str,
-    slot: Option<&Slot>,
-    system: &SystemIdentity,
-    stored: &CapturePosition,
-) -> Result<(), Loss> {
+/// What the server is, as far as it matters for going on.
+#[derive(Clone, Debug)]
+pub struct Server {
+    pub system: SystemIdentity,
+    /// The timelines that its own came from, each with where it was left; empty on the timeline of the position.
+    pub history: Vec<(u32, Lsn)>,
+    pub slot: Option<Slot>,
+}
+
+/// Looks at the server with what is stored in mind. `session` speaks replication.
+pub async fn look(
+    session: &mut Session,
+    slot: &str,
+    stored: Option<&CapturePosition>,
+) -> Result<Server, PostgresError> {
+    let system = super::replication::identify_system(session).await?;
+    let elsewhere = stored.is_some_and(|stored| {
+        stored.timeline != system.timeline && stored.system_identifier == system.system_identifier
+    });
+    let history = match elsewhere && system.timeline > 1 {
+        true => super::replication::timeline_history(session, system.timeline).await?,
+        false => Vec::new(),
+    };
+    Ok(Server { system, history, slot: find(session, slot).await? })
+}
+
+/// Compares the server and its slot with what is stored (CORRECTNESS 2, 4). The server itself would go on silently from
+/// wherever the slot stands. `read`: up to where its WAL was read, which may be further than what is stored.
+pub fn check(slot_name: &str, server: &Server, stored: &CapturePosition, read: Lsn) -> Result<(), Loss> {
+    let system = &server.system;
     if system.system_identifier != stored.system_identifier {
         return Err(Loss::OtherCluster {
             found: system.system_identifier.clone(),
             stored: stored.system_identifier.clone(),
         });
     }
+    let read = read.max(stored.commit_end);
     // Before the slot: one that is gone or old is a consequence.
-    reaches(system, stored.commit_end)?;
+    if system.timeline != stored.timeline {
+        let (timeline, read_on) = (system.timeline, stored.timeline);
+        let left_at = server.history.iter().find(|(of, _)| *of == read_on).map(|(_, left_at)| *left_at);
+        let left_at = left_at.ok_or(Loss::OtherHistory { timeline, read_on })?;
+        if read > left_at {
+            return Err(Loss::Diverged { timeline, read_on, left_at, stored: read });
+        }
+    }
+    if system.wal_end < read {
+        return Err(Loss::Behind { end: system.wal_end, stored: read });
+    }
     let slot_name = slot_name.to_owned();
-    let Some(slot) = slot else { return Err(Loss::Missing { slot: slot_name, stored: stored.commit_end }) };
+    let Some(slot) = &server.slot else { return Err(Loss::Missing { slot: slot_name, stored: stored.commit_end }) };
     if slot.wal_status == "lost" || slot.restart_lsn.is_none() {
         return Err(Loss::Invalidated { slot: slot_name, stored: stored.commit_end });
     }
@@ -170,7 +214,47 @@ pub fn check(
     }
 }
 
-/// Whether the server's WAL reaches as far as what was read from it.
-pub fn reaches(system: &SystemIdentity, read: Lsn) -> Result<(), Loss> {
-    if system.wal_end < read { Err(Loss::Behind { end: system.wal_end, stored: read }) } else { Ok(()) }
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stored(timeline: u32, end: u64) -> CapturePosition {
+        CapturePosition {
+            epoch: 1,
+            system_identifier: "1".into(),
+            timeline,
+            slot: "s".into(),
+            commit_end: Lsn(end),
+            last_commit: Lsn(end),
+            ordinal: 0,
+            ordinal_xid: 0,
+            fingerprint: 0,
+            snapshot: None,
+        }
+    }
+
+    #[test]
+    fn a_position_beyond_where_its_timeline_was_left_is_a_loss() {
+        let slot = Slot {
+            plugin: "pgoutput".into(),
+            database: "d".into(),
+            active_pid: None,
+            restart_lsn: Some(Lsn(1)),
+            confirmed_flush: Some(Lsn(90)),
+            wal_status: "reserved".into(),
+            safe_wal_size: None,
+            kept_bytes: 0,
+            lag_bytes: 0,
+        };
+        let system = SystemIdentity { system_identifier: "1".into(), timeline: 3, wal_end: Lsn(1000) };
+        let server = Server { system, history: vec![(1, Lsn(100)), (2, Lsn(200))], slot: Some(slot) };
+        let loss = |timeline, end| check("s", &server, &stored(timeline, end), Lsn(end)).err();
+        assert_eq!((loss(1, 100), loss(2, 200), loss(3, 900)), (None, None, None));
+        assert!(matches!(loss(1, 101), Some(Loss::Diverged { left_at: Lsn(100), .. })));
+        assert!(matches!(loss(2, 201), Some(Loss::Diverged { left_at: Lsn(200), .. })));
+        assert!(matches!(loss(4, 100), Some(Loss::OtherHistory { .. })));
+        assert!(matches!(check("s", &server, &stored(1, 95), Lsn(101)), Err(Loss::Diverged { .. })), "what was read");
+        assert!(matches!(loss(3, 1001), Some(Loss::Behind { .. })));
+        assert!(matches!(loss(3, 80), Some(Loss::Ahead { .. })));
+    }
 }

@@ -389,7 +389,10 @@ impl Source for PostgresSource {
     }
 
     async fn tick(&mut self, paused: bool) -> Result<(), Fault> {
-        self.watch.tick();
+        // Not while a slot may be in the making.
+        let settled = matches!(self.stage, Stage::Streaming(_) | Stage::Closed)
+            && self.durable.as_ref().is_some_and(|position| position.snapshot.is_none());
+        self.watch.tick(settled);
         self.tell_lag();
         if self.stalled() {
             tracing::warn!(connector = %self.name, paused,

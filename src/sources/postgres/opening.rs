@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use crate::event::{CapturePosition, Lsn, Oid, SharedTable, SnapshotProgress, Table};
 use crate::pipeline::{Fault, FaultKind, Status};
 use crate::postgres::catalog::{self, CatalogTable, ServerFacts};
-use crate::postgres::replication::{self, Acknowledged, Chunks, CreatedSlot, SlotKind, SystemIdentity};
+use crate::postgres::replication::{self, Acknowledged, Chunks, CreatedSlot, SlotKind};
 use crate::postgres::snapshot::{Rewritten, SnapshotReader};
 use crate::postgres::{Address, PostgresError, Purpose, Session, publication, slot};
 
@@ -158,12 +158,12 @@ impl Opening {
             let sql = facts.dba_sql().join(" ");
             return Err(Fault::stop(format!("{problem}. hint: {sql}")));
         }
-        let system = replication::identify_system(&mut session).await?;
         if let Some(holder) = slot::hold(&mut session, &self.settings.slot).await? {
             return Err(self.taken(&holder));
         }
-        let found = slot::find(&mut session, &self.settings.slot).await?;
-        if let Some(found) = &found
+        let server = slot::look(&mut session, &self.settings.slot, self.stored.as_ref()).await?;
+        let (system, found) = (&server.system, server.slot.as_ref());
+        if let Some(found) = found
             && (found.plugin != "pgoutput" || found.database != facts.database)
         {
             return Err(Fault::stop(format!(
@@ -211,7 +211,7 @@ impl Opening {
             if stored.system_identifier != system.system_identifier {
                 return Ok(Opened::Store(Box::new(fresh(stored.epoch + 1))));
             }
-            return self.begin(session, &system, &facts, found.as_ref(), stored).await;
+            return self.begin(session, &server, &facts, stored).await;
         }
         if self.settings.snapshot == SnapshotMode::InitialOnly {
             // Nobody will read the slot: it would only keep WAL.
@@ -219,9 +219,7 @@ impl Opening {
             return Ok(Opened::Finished);
         }
         let handed = self.from.as_ref().map_or(stored.commit_end, |from| from.commit_end);
-        if let Err(loss) = slot::check(&self.settings.slot, found.as_ref(), &system, &stored)
-            .and_then(|()| slot::reaches(&system, handed))
-        {
+        if let Err(loss) = slot::check(&self.settings.slot, &server, &stored, handed) {
             if matches!(self.settings.snapshot, SnapshotMode::WhenNeeded | SnapshotMode::Always) {
                 tracing::warn!(connector = %self.name, "{loss}; reading all tables anew (snapshot.mode). Rows that were \
                     deleted meanwhile stay in the topics");
@@ -337,16 +335,15 @@ impl Opening {
     async fn begin(
         self,
         mut session: Session,
-        system: &SystemIdentity,
+        server: &slot::Server,
         facts: &ServerFacts,
-        found: Option<&slot::Slot>,
         stored: CapturePosition,
     ) -> Result<Opened, Fault> {
         let wanted = self.publish(&mut session, facts).await?;
         let settings = self.settings.clone();
         let with_data = settings.snapshot != SnapshotMode::NoData;
         let begun = stored.snapshot.as_ref().is_some_and(|progress| progress.consistent_point != Lsn::ZERO);
-        let keeps = match slot::check(&settings.slot, found, system, &stored) {
+        let keeps = match slot::check(&settings.slot, server, &stored, stored.commit_end) {
             Ok(()) => begun && with_data,
             Err(loss) => {
                 if begun {
@@ -368,7 +365,7 @@ impl Opening {
                 true => CapturePosition { fingerprint: settings.fingerprint(), ..stored.clone() },
                 false => CapturePosition {
                     epoch: stored.epoch + u64::from(attempt > 1 || begun),
-                    timeline: system.timeline,
+                    timeline: server.system.timeline,
                     commit_end: made.consistent_point,
                     last_commit: made.consistent_point,
                     ordinal: 0,

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use crate::avro::{self, Decoder, EventMeta, SnapshotMarker, TablePlan, TransactionMeta};
-use crate::event::{CapturePosition, Operation};
+use crate::event::{CapturePosition, Lsn, Operation};
 use crate::log::Log;
 use crate::pipeline::{Fault, Plan, PlanStep};
 use crate::postgres::catalog::{self, load_tables};
 use crate::postgres::copy_text::RowReader;
 use crate::postgres::frames::next_frame;
+use crate::postgres::slot::Loss;
 use crate::postgres::{Address, Purpose, identifier, publication, qualified, slot, snapshot};
 use crate::registry::Registry;
 
@@ -24,6 +25,7 @@ fn step(action: &'static str, what: &'static str, name: &str, detail: Option<Str
 
 /// Looks, and changes nothing.
 pub async fn plan(
+    connector: &str,
     settings: &CaptureSettings,
     address: &Address,
     log: &Arc<dyn Log>,
@@ -33,6 +35,8 @@ pub async fn plan(
     let mut settings = settings.clone();
     settings.encoding.database.clone_from(&address.dbname);
     let mut plan = Plan::default();
+    // A role that may not replicate yet is told so, and can look at the rest.
+    let mut replicating = address.connect(Purpose::Replication).await.ok();
     let mut session = address.connect(Purpose::Sql).await?;
     let facts = catalog::server_facts(&mut session).await?;
     plan.problems = facts.problems();
@@ -82,16 +86,31 @@ pub async fn plan(
             settings.slot
         )),
         (found, Some(stored)) if stored.snapshot.is_some() => {
-            let action = if found.is_some() { "change" } else { "create" };
-            plan.steps.push(step(action, "slot", &settings.slot, Some("the snapshot is begun anew".into())));
+            let begun = stored.snapshot.as_ref().is_some_and(|progress| progress.consistent_point != Lsn::ZERO);
+            let (action, detail) = match (found, begun) {
+                (Some(_), true) => ("keep", "the snapshot goes on with the tables that are left"),
+                (Some(_), false) => ("change", "made anew, then a snapshot"),
+                (None, _) => ("create", "the snapshot is begun anew"),
+            };
+            plan.steps.push(step(action, "slot", &settings.slot, Some(detail.into())));
         }
-        (None, Some(_)) => plan.problems.push(format!("replication slot '{}' is gone", settings.slot)),
-        (Some(slot), Some(stored)) => {
-            let behind = slot.confirmed_flush.map(|lsn| lsn.to_string()).unwrap_or_default();
-            let detail = format!("from {}, the server knows of {behind}", stored.commit_end);
-            plan.steps.push(step("keep", "slot", &settings.slot, Some(detail)));
-            if slot.confirmed_flush.is_some_and(|confirmed| confirmed > stored.commit_end) {
-                plan.problems.push(format!("slot '{}' stands ahead of the log: changes are missing", settings.slot));
+        (found, Some(stored)) => {
+            if let Some(found) = found {
+                let behind = found.confirmed_flush.map(|lsn| lsn.to_string()).unwrap_or_default();
+                let detail = format!("from {}, the server knows of {behind}", stored.commit_end);
+                plan.steps.push(step("keep", "slot", &settings.slot, Some(detail)));
+            }
+            if let Some(replicating) = &mut replicating {
+                let server = slot::look(replicating, &settings.slot, Some(stored)).await?;
+                // Beside a capture that runs, the slot may have moved on since the position was read.
+                let runs = server.slot.as_ref().is_some_and(|slot| slot.active_pid.is_some());
+                match slot::check(&settings.slot, &server, stored, stored.commit_end) {
+                    Err(Loss::Ahead { .. }) if runs => {}
+                    Err(loss) => plan.problems.push(loss.to_string()),
+                    Ok(()) => {}
+                }
+            } else if found.is_none() {
+                plan.problems.push(format!("replication slot '{}' is gone", settings.slot));
             }
         }
     }
@@ -103,6 +122,12 @@ pub async fn plan(
             Vec::new()
         }
     };
+    if let Some(replicating) = replicating {
+        replicating.close().await;
+    }
+    let own = super::schemas::topic(connector);
+    let made = topics.contains(&own);
+    plan.steps.push(step(if made { "keep" } else { "create" }, "topic", &own, Some("shapes of tables, by LSN".into())));
     let oids: Vec<_> = wanted.tables.iter().map(|table| table.oid).collect();
     let shapes = load_tables(&mut session, &oids, facts.version >= 180_000).await?;
     session.close().await;

@@ -22,6 +22,8 @@ pub(super) struct Watch {
     settings: Arc<CaptureSettings>,
     name: Arc<str>,
     status: Arc<Status>,
+    /// There is a slot that must not be gone: none is being made.
+    expected: bool,
     due: Instant,
     look: Option<JoinHandle<()>>,
     /// The last look: when, and how much WAL was kept.
@@ -38,11 +40,22 @@ impl Drop for Watch {
 
 impl Watch {
     pub(super) fn new(catalog: Catalog, settings: Arc<CaptureSettings>, name: Arc<str>, status: Arc<Status>) -> Self {
-        Watch { catalog, settings, name, status, due: Instant::now(), look: None, before: Arc::default() }
+        Watch {
+            catalog,
+            settings,
+            name,
+            status,
+            expected: false,
+            due: Instant::now(),
+            look: None,
+            before: Arc::default(),
+        }
     }
 
-    /// Begins a look when one is due.
-    pub(super) fn tick(&mut self) {
+    /// Begins a look when one is due. `expected`: see there.
+    pub(super) fn tick(&mut self, expected: bool) {
+        // Seen missing by a look that began before it was made is no loss.
+        let expected = std::mem::replace(&mut self.expected, expected) && expected;
         if Instant::now() < self.due || self.look.as_ref().is_some_and(|look| !look.is_finished()) {
             return;
         }
@@ -52,8 +65,29 @@ impl Watch {
         self.look = Some(tokio::spawn(async move {
             let look = async { slot::find(&mut *catalog.session().await?, &settings.slot).await };
             match tokio::time::timeout(DEADLINE, look).await {
-                Ok(Ok(Some(slot))) => tell(&slot, &settings.slot, &name, &status, &before),
-                Ok(Ok(None)) => status.set_fact("slot", json!({ "name": settings.slot, "missing": true })),
+                Ok(Ok(Some(slot))) => {
+                    if slot.wal_status == "lost" {
+                        status.set_error(format!(
+                            "replication slot '{}' has lost WAL that is still needed (wal_status 'lost', \
+                             max_slot_wal_keep_size): changes are missing when the capture goes on. hint: \
+                             'snapshot.mode: when_needed' reads all tables anew",
+                            settings.slot
+                        ));
+                    }
+                    tell(&slot, &settings.slot, &name, &status, &before);
+                }
+                Ok(Ok(None)) => {
+                    if expected {
+                        let message = format!(
+                            "replication slot '{}' is gone: changes are missing when the capture goes on. hint: \
+                             'snapshot.mode: when_needed' reads all tables anew",
+                            settings.slot
+                        );
+                        tracing::error!(connector = %name, "{message}");
+                        status.set_error(message);
+                    }
+                    status.set_fact("slot", json!({ "name": settings.slot, "missing": true }));
+                }
                 Ok(Err(error)) => tracing::debug!(connector = %name, %error, "the slot can't be looked at"),
                 Err(_) => tracing::debug!(connector = %name, "the slot can't be looked at: no answer"),
             }

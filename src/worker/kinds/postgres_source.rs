@@ -60,7 +60,7 @@ impl Connector for Settings {
         let address = self.address(context)?;
         // A worker that runs has the writer: the position is only read.
         let stored = stored_position(&context.log, &context.name).await?;
-        postgres::plan(&self.0, &address, &context.log, &context.registry, stored.as_ref()).await
+        postgres::plan(&context.name, &self.0, &address, &context.log, &context.registry, stored.as_ref()).await
     }
 
     async fn preview(&self, context: &ConnectorContext, limit: usize) -> Result<Vec<Value>, Fault> {

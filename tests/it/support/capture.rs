@@ -108,7 +108,7 @@ impl World {
         let stored = stored_position(&log, "capture").await.unwrap();
         let datastore = DatastoreSettings::from_url(&self.url).unwrap();
         let address = self.settings.address(&datastore).unwrap();
-        tidegate::sources::postgres::plan(&self.settings, &address, &log, &self.registry, stored.as_ref())
+        tidegate::sources::postgres::plan("capture", &self.settings, &address, &log, &self.registry, stored.as_ref())
             .await
             .unwrap()
     }

@@ -129,6 +129,43 @@ impl Postgres {
         Postgres { version, bin, port, process: Mutex::new(None), folder }
     }
 
+    /// A hot standby of `primary`, on the same machine; from PostgreSQL 17 on it synchronizes failover slots.
+    pub async fn standby_of(primary: &Postgres) -> Postgres {
+        let admin = primary.connect_as("postgres", "postgres").await;
+        let sql = "SELECT pg_create_physical_replication_slot('standby')";
+        admin.batch_execute(sql).await.expect("a slot for the standby");
+        let folder = Folder::new("standby");
+        let user = give(folder.path());
+        let data = folder.path().join("data");
+        let (bin, from) = (primary.bin.clone(), primary.port);
+        let mut copying = as_user(user.as_deref(), &bin.join("pg_basebackup"));
+        copying.current_dir(folder.path()).arg("-D").arg(&data).args([
+            "-h",
+            "127.0.0.1",
+            "-U",
+            "postgres",
+            "-c",
+            "fast",
+        ]);
+        copying.args(["-p", &from.to_string()]);
+        tokio::task::spawn_blocking(move || run(&mut copying)).await.expect("a base backup");
+        let port = free_port();
+        let mut conf = format!(
+            "port = {port}\nunix_socket_directories = '{}'\nprimary_slot_name = 'standby'\nhot_standby_feedback = on\n\
+             primary_conninfo = 'host=127.0.0.1 port={from} user=postgres dbname=postgres'\n\
+             wal_receiver_status_interval = 1\n",
+            folder.path().display()
+        );
+        if primary.version == Version::Newest {
+            conf += "sync_replication_slots = on\n";
+        }
+        append(&data.join("postgresql.conf"), &conf);
+        std::fs::write(data.join("standby.signal"), "").expect("standby.signal");
+        let standby = Postgres { version: primary.version, bin, port, process: Mutex::new(None), folder };
+        standby.start().await;
+        standby
+    }
+
     /// Starts it (again, on the same port and data) and waits until it answers.
     pub async fn start(&self) {
         let user = user();
