@@ -35,7 +35,9 @@ pub use meta::{EventMeta, SnapshotMarker, TransactionBlock, TransactionMeta};
 pub use names::topic_name;
 pub use plan::TablePlan;
 pub use schema::{TableSchemas, schemas};
-pub use settings::{BinaryMode, DecimalMode, EncodingSettings, HstoreMode, IntervalMode, TimeMode, UNAVAILABLE_VALUE};
+pub use settings::{
+    BinaryMode, ColumnLists, DecimalMode, EncodingSettings, HstoreMode, IntervalMode, TimeMode, UNAVAILABLE_VALUE,
+};
 pub use wire::{split_wire, write_wire_header};
 
 /// What a session whose text is encoded must have set, for replication and for snapshots alike.

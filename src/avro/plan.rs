@@ -36,6 +36,8 @@ struct ColumnPlan {
     absent: Vec<u8>,
     /// What an unchanged TOAST value is written as.
     unavailable: Vec<u8>,
+    /// Not in values.
+    left_out: bool,
 }
 
 impl TablePlan {
@@ -73,6 +75,7 @@ impl TablePlan {
                     null,
                     absent,
                     unavailable,
+                    left_out: resolved.left_out,
                 }
             })
             .collect();
@@ -145,6 +148,7 @@ impl TablePlan {
                     out.push(2);
                     for (at, cell) in row.iter().enumerate() {
                         match cell {
+                            _ if self.columns[at].left_out => {}
                             Cell::Null => out.extend_from_slice(&self.columns[at].absent),
                             cell => self.put_cell(at, *cell, out)?,
                         }
@@ -156,7 +160,7 @@ impl TablePlan {
                 Some(row) => {
                     self.check_width(row)?;
                     out.push(2);
-                    for (at, cell) in row.iter().enumerate() {
+                    for (at, cell) in row.iter().enumerate().filter(|(at, _)| !self.columns[*at].left_out) {
                         self.put_cell(at, *cell, out)?;
                     }
                 }

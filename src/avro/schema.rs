@@ -40,7 +40,7 @@ pub fn schemas(table: &Table, settings: &EncodingSettings) -> Result<TableSchema
     let row = Record {
         namespace: namespace.clone(),
         name: "Value".into(),
-        fields: columns.iter().map(Resolved::field).collect(),
+        fields: columns.iter().filter(|column| !column.left_out).map(Resolved::field).collect(),
         annotations: Annotations { version: None, ..Annotations::connect(&format!("{namespace}.Value")) },
     };
     let value = render(&Avro::Record(envelope(&namespace, row)));
@@ -58,6 +58,8 @@ pub(super) struct Resolved<'a> {
     pub avro_name: String,
     pub encoding: Encoding,
     pub default: Option<defaults::Default>,
+    /// Not in values, by the settings' lists.
+    pub left_out: bool,
 }
 
 impl Resolved<'_> {
@@ -77,7 +79,8 @@ pub(super) fn columns<'a>(table: &'a Table, settings: &EncodingSettings) -> Vec<
     let resolve = |(column, avro_name): (&'a Column, String)| {
         let encoding = resolve::encoding(&column.column_type, column.type_modifier, settings);
         let default = defaults::default(column, &encoding);
-        Resolved { column, avro_name, encoding, default }
+        let left_out = settings.columns.leave_out(&table.schema, &table.name, &column.name);
+        Resolved { column, avro_name, encoding, default, left_out }
     };
     table.columns.iter().zip(names).map(resolve).collect()
 }

@@ -2,6 +2,8 @@
 
 use std::str::FromStr;
 
+use regex::Regex;
+
 /// Stands in an event for a TOAST value that the WAL did not carry because it did not change.
 pub const UNAVAILABLE_VALUE: &str = "__debezium_unavailable_value";
 
@@ -28,6 +30,36 @@ pub struct EncodingSettings {
     pub tombstones_on_delete: bool,
     /// `unavailable.value.placeholder`
     pub unavailable_value: String,
+    /// `column.include.list`, `column.exclude.list`
+    pub columns: ColumnLists,
+}
+
+/// Which columns values have: expressions that match all of `schema.table.column`. Keys have theirs in any case.
+#[derive(Clone, Debug, Default)]
+pub struct ColumnLists {
+    /// Only these, where there are any.
+    pub include: Vec<Regex>,
+    pub exclude: Vec<Regex>,
+}
+
+impl PartialEq for ColumnLists {
+    fn eq(&self, other: &Self) -> bool {
+        let same = |one: &[Regex], other: &[Regex]| one.iter().map(Regex::as_str).eq(other.iter().map(Regex::as_str));
+        same(&self.include, &other.include) && same(&self.exclude, &other.exclude)
+    }
+}
+
+impl Eq for ColumnLists {}
+
+impl ColumnLists {
+    pub fn leave_out(&self, schema: &str, table: &str, column: &str) -> bool {
+        if self.include.is_empty() && self.exclude.is_empty() {
+            return false;
+        }
+        let full = format!("{schema}.{table}.{column}");
+        let any = |list: &[Regex]| list.iter().any(|pattern| pattern.is_match(&full));
+        any(&self.exclude) || !(self.include.is_empty() || any(&self.include))
+    }
 }
 
 impl EncodingSettings {
@@ -44,6 +76,7 @@ impl EncodingSettings {
             money_fraction_digits: 2,
             tombstones_on_delete: true,
             unavailable_value: UNAVAILABLE_VALUE.to_owned(),
+            columns: ColumnLists::default(),
         }
     }
 }

@@ -59,6 +59,22 @@ impl Section {
         node.map(|node| T::from_node(node, name)).transpose()
     }
 
+    /// As [`Section::take`], of a setting that is known only to be refused: it is no answer to what may stand here.
+    pub fn foreign<T: FromNode>(&mut self, name: &str) -> Result<Option<T>, ConfigError> {
+        let asked = self.asked.len();
+        let taken = self.take(name);
+        self.asked.truncate(asked);
+        taken
+    }
+
+    /// As [`Section::node`], for the same.
+    pub fn foreign_node(&mut self, name: &str) -> Result<Option<Node>, ConfigError> {
+        let asked = self.asked.len();
+        let taken = self.node(name);
+        self.asked.truncate(asked);
+        taken
+    }
+
     /// A setting that must be given.
     pub fn require<T: FromNode>(&mut self, name: &str) -> Result<T, ConfigError> {
         match self.take(name)? {

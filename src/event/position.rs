@@ -1,5 +1,6 @@
 //! Places: in the WAL, in a topic.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -119,6 +120,10 @@ pub struct CapturePosition {
     pub fingerprint: u64,
     /// `None` once the snapshot is whole.
     pub snapshot: Option<SnapshotProgress>,
+    /// Tables (`schema.table`) whose rows a snapshot read later than where the stream begins: what was committed before
+    /// this LSN is in those rows.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub read_at: BTreeMap<String, Lsn>,
 }
 
 /// How far an initial snapshot is.
@@ -128,6 +133,9 @@ pub struct SnapshotProgress {
     pub consistent_point: Lsn,
     /// Tables (`schema.table`) that are wholly in the log.
     pub done: Vec<String>,
+    /// Tables that some rows of are in the log.
+    #[serde(default)]
+    pub begun: Vec<String>,
 }
 
 #[cfg(test)]

@@ -230,6 +230,7 @@ mod tests {
             ordinal_xid: 0,
             fingerprint: 0,
             snapshot: None,
+            read_at: Default::default(),
         }
     }
 

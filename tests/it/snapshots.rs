@@ -29,7 +29,8 @@ async fn a_killed_snapshot_continues_with_the_tables_left_and_leaves_no_ghosts()
                 "CREATE TABLE a_small (id int PRIMARY KEY, v text); \
                  INSERT INTO a_small SELECT i, 'first' FROM generate_series(1, 100) i; \
                  CREATE TABLE t (id int PRIMARY KEY, v text); \
-                 INSERT INTO t SELECT i, repeat('x', 200) FROM generate_series(1, 100000) i",
+                 INSERT INTO t SELECT i, repeat('x', 200) FROM generate_series(1, 100000) i; \
+                 CREATE TABLE z_late (id int PRIMARY KEY); INSERT INTO z_late VALUES (1)",
             )
             .await;
         let world = World::new(&database, &[r"public\..*"]);
@@ -47,7 +48,7 @@ async fn a_killed_snapshot_continues_with_the_tables_left_and_leaves_no_ghosts()
                 .batch_execute(
                     "DELETE FROM t WHERE id % 1000 = 7; DELETE FROM t WHERE id < 4; UPDATE t SET v = 'u' WHERE id = 4; \
                      INSERT INTO t SELECT max(id) + 1 FROM t; DELETE FROM a_small WHERE id = 9; \
-                     UPDATE a_small SET v = 'second' WHERE id = 10",
+                     INSERT INTO z_late SELECT max(id) + 1 FROM z_late; UPDATE a_small SET v = 'second' WHERE id = 10",
                 )
                 .await
                 .unwrap();
@@ -59,6 +60,9 @@ async fn a_killed_snapshot_continues_with_the_tables_left_and_leaves_no_ghosts()
         wait_for_equality(&world, &client, "a_small").await;
         let small = world.changes("shop.public.a_small").await;
         assert_eq!(letters(&small), "r".repeat(100) + "duu", "a table that was done is not read again");
+        wait_for_equality(&world, &client, "z_late").await;
+        let late = world.changes("shop.public.z_late").await;
+        assert_eq!(letters(&late), "rrr", "what the second snapshot has of a table not begun is not streamed, too");
         capture.stop().await.unwrap();
         let slots = "SELECT count(*) FROM pg_replication_slots WHERE database = current_database()";
         eventually(Duration::from_secs(10), "the second slot is gone", async || {

@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use crate::avro::{EventMeta, MessagePlan, SnapshotMarker};
+use crate::avro::{EventMeta, HeartbeatPlan, MessagePlan, SnapshotMarker};
 use crate::event::{HeaderSet, RecordBatch};
+use crate::log::TopicSpec;
 use crate::pipeline::Fault;
 
 use super::relations::Resolver;
@@ -64,6 +65,35 @@ impl MessageTopic {
         let mut record = batch.record(slot, &HeaderSet::default());
         record.key(|out| self.plan.write_key(prefix, out));
         record.value(|out| self.plan.write_value(prefix, content, meta, out));
+        record.finish();
+    }
+}
+
+/// Where heartbeats go.
+pub(super) struct HeartbeatTopic {
+    topic: Arc<str>,
+    prefix: String,
+    plan: HeartbeatPlan,
+}
+
+impl HeartbeatTopic {
+    /// Makes the topic and registers its schemas.
+    pub(super) async fn ready(resolver: Resolver) -> Result<Self, Fault> {
+        let prefix = resolver.settings.prefix.clone();
+        let topic = HeartbeatPlan::topic(&prefix);
+        let spec = TopicSpec { partitions: 1, ..resolver.settings.topic(&topic) };
+        resolver.log.ensure_topic(&spec).await.map_err(Fault::from)?;
+        let schemas = HeartbeatPlan::schemas();
+        let key = resolver.registry.register(&format!("{topic}-key"), &schemas.key).await?;
+        let value = resolver.registry.register(&format!("{topic}-value"), &schemas.value).await?;
+        Ok(HeartbeatTopic { topic: topic.into(), prefix, plan: HeartbeatPlan::new(key.0, value.0) })
+    }
+
+    pub(super) fn write(&self, batch: &mut RecordBatch, now_ms: i64) {
+        let slot = batch.topic_slot(&self.topic);
+        let mut record = batch.record(slot, &HeaderSet::default());
+        record.key(|out| self.plan.write_key(&self.prefix, out));
+        record.value(|out| self.plan.write_value(now_ms, out));
         record.finish();
     }
 }

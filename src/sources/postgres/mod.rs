@@ -16,6 +16,7 @@
 //! 5). When nothing has moved for [`STALLED`] although there is something to move, the connection is closed; the next
 //! batch asked for opens it again, behind what was handed on.
 
+mod debezium;
 mod envelope;
 mod opening;
 mod plan;
@@ -247,7 +248,7 @@ impl PostgresSource {
         writer.behind = Some(feed.behind);
         self.handed = Some(position);
         self.moved = Instant::now();
-        self.stage = Stage::Streaming(Box::new(Streaming::new(feed)));
+        self.stage = Stage::Streaming(Box::new(Streaming::new(feed, self.settings.heartbeat)));
     }
 
     /// What the present stage has to hand on.

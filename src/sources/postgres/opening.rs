@@ -12,7 +12,8 @@
 //! A snapshot that was killed keeps that slot. The tables that are left are read under a second, temporary slot's
 //! snapshot, and dated with the first one's consistent point, from which everything is then streamed. A row that was
 //! read, and deleted before it could be read again, is so deleted by the stream; what the second reading saw of changes
-//! since, the stream tells again in order. A fold by key is the table. Where the slot is lost meanwhile, a new one is
+//! since, the stream tells again in order. A fold by key is the table. Of a table that no row was read of before the cut,
+//! the stream leaves out what the second snapshot has: nothing of it comes twice. Where the slot is lost meanwhile, a new one is
 //! made and all tables are read again; rows deleted in between then stay in the topics, and it is said.
 
 use std::collections::BTreeMap;
@@ -182,6 +183,7 @@ impl Opening {
             ordinal_xid: 0,
             fingerprint: self.settings.fingerprint(),
             snapshot: Some(SnapshotProgress::default()),
+            read_at: BTreeMap::new(),
         };
         let Some(stored) = self.stored.clone() else {
             return match found {
@@ -232,7 +234,7 @@ impl Opening {
         }
         if self.settings.snapshot == SnapshotMode::Always && self.first {
             // Under the slot that is there: what was committed since is streamed, too.
-            let progress = SnapshotProgress { consistent_point: stored.commit_end, done: Vec::new() };
+            let progress = SnapshotProgress { consistent_point: stored.commit_end, ..SnapshotProgress::default() };
             return Ok(Opened::Store(Box::new(CapturePosition { snapshot: Some(progress), ..stored })));
         }
         let wanted = self.publish(&mut session, &facts).await?;
@@ -362,7 +364,17 @@ impl Opening {
             self.status.set_progress(None);
             let made = made?;
             let position = match keeps {
-                true => CapturePosition { fingerprint: settings.fingerprint(), ..stored.clone() },
+                true => {
+                    let mut position = CapturePosition { fingerprint: settings.fingerprint(), ..stored.clone() };
+                    // Of a table that no row was read of before, all that this snapshot has can be left out of the stream.
+                    let progress = stored.snapshot.clone().unwrap_or_default();
+                    let whole = wanted.tables.iter().map(CatalogTable::full_name);
+                    let whole = whole.filter(|name| !progress.done.contains(name) && !progress.begun.contains(name));
+                    if settings.snapshot != SnapshotMode::Always {
+                        position.read_at.extend(whole.map(|name| (name, made.consistent_point)));
+                    }
+                    position
+                }
                 false => CapturePosition {
                     epoch: stored.epoch + u64::from(attempt > 1 || begun),
                     timeline: server.system.timeline,
@@ -371,8 +383,11 @@ impl Opening {
                     ordinal: 0,
                     ordinal_xid: 0,
                     fingerprint: settings.fingerprint(),
-                    snapshot: with_data
-                        .then(|| SnapshotProgress { consistent_point: made.consistent_point, done: Vec::new() }),
+                    snapshot: with_data.then(|| SnapshotProgress {
+                        consistent_point: made.consistent_point,
+                        ..SnapshotProgress::default()
+                    }),
+                    read_at: BTreeMap::new(),
                     ..stored.clone()
                 },
             };

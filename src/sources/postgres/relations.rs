@@ -11,7 +11,7 @@ use metrics::Counter;
 use tokio::sync::{Mutex, OwnedMappedMutexGuard, OwnedMutexGuard};
 
 use crate::avro::{self, AvroError, TablePlan};
-use crate::event::{Operation, SharedTable, Table, TopicSlot};
+use crate::event::{Lsn, Operation, SharedTable, Table, TopicSlot};
 use crate::log::Log;
 use crate::pipeline::{Fault, Status};
 use crate::postgres::pgoutput::Relation;
@@ -70,6 +70,8 @@ pub(super) struct Captured {
     pub output: Option<Output>,
     /// Taken for what it was before, since its rows are of a backlog: asked again when that is over.
     pub behind: bool,
+    /// What was committed before this is in the rows that a snapshot read of it.
+    pub from: Lsn,
 }
 
 pub(super) struct Output {
@@ -144,14 +146,20 @@ impl Resolver {
             Origin::Wal { relation, before, behind } => {
                 if !self.wants(&relation, before.is_some()).await? {
                     let table = Arc::new(relation::table(&relation, Known::default(), &Default::default()));
-                    return Ok(Captured { relation: Some(relation), table, output: None, behind: false });
+                    return Ok(Captured {
+                        relation: Some(relation),
+                        table,
+                        output: None,
+                        behind: false,
+                        from: Lsn::ZERO,
+                    });
                 }
                 let table = match before {
                     Some(before) if behind && relation::matches(&before, &relation) => before,
                     before => Arc::new(self.complete(&relation, before.as_deref(), behind).await?),
                 };
                 let output = Some(self.output(&table).await?);
-                return Ok(Captured { relation: Some(relation), table, output, behind });
+                return Ok(Captured { relation: Some(relation), table, output, behind, from: Lsn::ZERO });
             }
             Origin::CaughtUp(relation, table) => (Some(relation), table),
             Origin::Snapshot(table) => (None, table),
@@ -164,7 +172,7 @@ impl Resolver {
             }
         };
         let output = self.output(&table).await?;
-        Ok(Captured { relation, table, output: Some(output), behind: false })
+        Ok(Captured { relation, table, output: Some(output), behind: false, from: Lsn::ZERO })
     }
 
     /// `known`: it was captured before.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use regex::Regex;
 
-use crate::avro::{EncodingSettings, SESSION_SETTINGS};
+use crate::avro::{ColumnLists, EncodingSettings, SESSION_SETTINGS};
 use crate::config::{ByteSize, ConfigError, Secret, Section, Spanned};
 use crate::datastore::{DatastoreSettings, SslMode};
 use crate::event::Operation;
@@ -65,6 +65,8 @@ pub struct CaptureSettings {
     pub topic_settings: BTreeMap<String, String>,
     /// A batch is handed on when it has grown to this.
     pub batch_bytes: usize,
+    /// How often a heartbeat is written.
+    pub heartbeat: Option<Duration>,
     /// How often an idle slot is moved on.
     pub idle_advance: Duration,
     /// How long the slot's creation may wait for running transactions.
@@ -107,6 +109,7 @@ impl CaptureSettings {
             replication_factor: None,
             topic_settings: BTreeMap::new(),
             batch_bytes: 1 << 20,
+            heartbeat: None,
             idle_advance: Duration::from_secs(10),
             slot_creation: Duration::from_secs(600),
         }
@@ -142,6 +145,16 @@ impl CaptureSettings {
             table_include: patterns(section, "table.include.list")?,
             table_exclude: patterns(section, "table.exclude.list")?,
         };
+        settings.encoding.columns = ColumnLists {
+            include: patterns(section, "column.include.list")?,
+            exclude: patterns(section, "column.exclude.list")?,
+        };
+        if !settings.encoding.columns.include.is_empty() && !settings.encoding.columns.exclude.is_empty() {
+            return Err(section
+                .error("column.exclude.list", "column.include.list and column.exclude.list are both given")
+                .hint("one of them decides"));
+        }
+        super::debezium::refuse(section)?;
         settings.snapshot = section.or("snapshot.mode", settings.snapshot)?;
         settings.incompatible = section.or("on.incompatible", settings.incompatible)?;
         if let Some(list) = section.take::<Spanned<Vec<String>>>("skipped.operations")? {
@@ -197,6 +210,8 @@ impl CaptureSettings {
     }
 
     fn read_times(mut self, section: &mut Section) -> Result<Self, ConfigError> {
+        let heartbeat: Duration = section.or("heartbeat.interval.ms", Duration::ZERO)?;
+        self.heartbeat = Some(heartbeat).filter(|every| !every.is_zero());
         self.idle_advance = section.or("idle.advance.interval", self.idle_advance)?;
         self.slot_creation = section.or("slot.creation.timeout", self.slot_creation)?;
         Ok(self)

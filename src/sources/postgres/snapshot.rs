@@ -155,6 +155,10 @@ impl Snapshot {
         }
         self.write_held(writer, false, nullable)?;
         let Some(captured) = &mut self.captured else { return Ok(false) };
+        let progress = self.position.snapshot.get_or_insert_with(SnapshotProgress::default);
+        if self.rows_of_table == 0 && !progress.begun.contains(&captured.table.full_name()) {
+            progress.begun.push(captured.table.full_name());
+        }
         let now = now_ns();
         while let Some((frame, length)) = next_frame(&self.rows)? {
             if length == self.rows.len() {

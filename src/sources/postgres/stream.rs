@@ -13,7 +13,7 @@ use crate::pipeline::Fault;
 use crate::postgres::relation;
 use crate::postgres::replication::Chunk;
 
-use super::envelope::MessageTopic;
+use super::envelope::{HeartbeatTopic, MessageTopic};
 use super::opening::StreamFeed;
 use super::relations::{Origin, Resolver};
 use super::schemas::Schemas;
@@ -36,6 +36,15 @@ pub(super) struct Streaming {
     consumed: Instant,
     /// How often the server had asked when the position was last moved on.
     asked: u64,
+    heartbeat: Option<Heartbeat>,
+}
+
+/// `heartbeat.interval.ms`
+struct Heartbeat {
+    every: Duration,
+    due: Instant,
+    topic: Option<HeartbeatTopic>,
+    readying: Option<JoinHandle<Result<HeartbeatTopic, Fault>>>,
 }
 
 /// A table being made ready.
@@ -63,12 +72,18 @@ impl Drop for Streaming {
         if let Some(task) = &self.readying_messages {
             task.abort();
         }
+        if let Some(task) = self.heartbeat.as_ref().and_then(|heartbeat| heartbeat.readying.as_ref()) {
+            task.abort();
+        }
     }
 }
 
 impl Streaming {
-    pub(super) fn new(feed: StreamFeed) -> Self {
+    pub(super) fn new(feed: StreamFeed, heartbeat: Option<Duration>) -> Self {
+        let heartbeat =
+            heartbeat.map(|every| Heartbeat { every, due: Instant::now() + every, topic: None, readying: None });
         Streaming {
+            heartbeat,
             feed,
             chunk: None,
             cursor: 0,
@@ -117,15 +132,19 @@ impl Streaming {
             }
             // Nothing more is here: what is written may go, at the end of a transaction.
             let between = !writer.in_transaction();
+            if between {
+                self.beat(writer, resolver).await?;
+            }
             if between && !writer.batch.is_empty() {
                 return Ok(writer.position.clone());
             }
+            let beat = self.heartbeat.as_ref().map(|heartbeat| heartbeat.due);
             let moved_on = between && idle.handed.is_none_or(|handed| writer.position.commit_end > handed);
             let asked = self.feed.acknowledged.asked();
             let received = if moved_on {
                 let due = idle.since + if asked == self.asked { idle.every } else { ASKED };
                 // Looks again a little later, since the server may ask meanwhile.
-                let soon = due.min(Instant::now() + ASKED);
+                let soon = due.min(Instant::now() + ASKED).min(beat.unwrap_or(due));
                 match timeout_at(soon, self.feed.chunks.recv()).await {
                     Ok(received) => received,
                     Err(_) if Instant::now() >= due => {
@@ -136,11 +155,35 @@ impl Streaming {
                 }
             } else {
                 self.asked = asked;
-                self.feed.chunks.recv().await
+                // A transaction that is being sent goes on by itself.
+                match beat.filter(|_| between) {
+                    None => self.feed.chunks.recv().await,
+                    Some(due) => match timeout_at(due, self.feed.chunks.recv()).await {
+                        Ok(received) => received,
+                        Err(_) => continue,
+                    },
+                }
             };
             self.chunk = Some(received.ok_or_else(stream_ended)??);
             self.cursor = 0;
         }
+    }
+
+    /// Writes a heartbeat when one is due.
+    async fn beat(&mut self, writer: &mut Writer, resolver: &Resolver) -> Result<(), Fault> {
+        let Some(heartbeat) = self.heartbeat.as_mut().filter(|heartbeat| Instant::now() >= heartbeat.due) else {
+            return Ok(());
+        };
+        if heartbeat.topic.is_none() {
+            let ready = heartbeat.readying.get_or_insert_with(|| tokio::spawn(HeartbeatTopic::ready(resolver.clone())));
+            heartbeat.topic = Some(joined(ready.await)?);
+            heartbeat.readying = None;
+        }
+        heartbeat.due = Instant::now() + heartbeat.every;
+        if let Some(topic) = &heartbeat.topic {
+            topic.write(&mut writer.batch, now_ns() / 1_000_000);
+        }
+        Ok(())
     }
 
     /// Waits for what the writer waits for.
@@ -152,7 +195,10 @@ impl Streaming {
     ) -> Result<(), Fault> {
         loop {
             if let Some(ready) = &mut self.resolving {
-                let captured = joined((&mut ready.task).await)?;
+                let mut captured = joined((&mut ready.task).await)?;
+                if let Some(from) = writer.position.read_at.get(&captured.table.full_name()) {
+                    captured.from = *from;
+                }
                 if captured.output.is_some() {
                     schemas.note(&captured.table, writer.position.epoch, ready.from, &mut writer.batch);
                 }

@@ -40,6 +40,7 @@ pub(super) enum Step {
 
 struct Transaction {
     xid: u32,
+    commit_lsn: Lsn,
     time_us: i64,
     /// Changes met so far.
     ordinal: u64,
@@ -211,7 +212,8 @@ impl Writer {
                     }
                     (false, false) => 0,
                 };
-                self.transaction = Some(Transaction { xid, time_us: commit_time_us, ordinal: 0, skip, origin: None });
+                self.transaction =
+                    Some(Transaction { xid, commit_lsn, time_us: commit_time_us, ordinal: 0, skip, origin: None });
                 self.describe_transaction();
             }
             Message::Commit { end_lsn, commit_time_us, .. } => {
@@ -224,6 +226,9 @@ impl Writer {
                     position.ordinal = 0;
                     position.ordinal_xid = 0;
                     position.fingerprint = self.settings.fingerprint();
+                    if !position.read_at.is_empty() {
+                        position.read_at.retain(|_, until| *until > end_lsn);
+                    }
                 }
             }
             Message::Relation(relation) => self.announced.push(relation),
@@ -291,6 +296,9 @@ impl Writer {
             return Err(PostgresError::Protocol(what).into());
         };
         let Some(output) = &mut captured.output else { return Ok(None) };
+        if self.transaction.as_ref().is_some_and(|transaction| transaction.commit_lsn < captured.from) {
+            return Ok(None);
+        }
         let letter = match operation {
             Operation::Create => 'c',
             Operation::Update => 'u',
@@ -353,9 +361,11 @@ impl Writer {
     }
 
     fn truncate(&mut self, oid: Oid, at: &At) -> Result<(), Fault> {
-        let Some(output) = self.relations.get_mut(&oid).and_then(|captured| captured.output.as_mut()) else {
+        let Some(captured) = self.relations.get_mut(&oid) else { return Ok(()) };
+        let Some(output) = &mut captured.output else { return Ok(()) };
+        if self.transaction.as_ref().is_some_and(|transaction| transaction.commit_lsn < captured.from) {
             return Ok(());
-        };
+        }
         let meta = EventMeta {
             transaction: &self.meta,
             operation: Operation::Truncate,

@@ -87,6 +87,7 @@ impl Connector for Settings {
             ordinal_xid: 0,
             fingerprint: self.0.fingerprint(),
             snapshot: None,
+            read_at: Default::default(),
         };
         match to {
             ResetTo::Beginning => {

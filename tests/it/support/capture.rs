@@ -78,9 +78,12 @@ pub struct Running {
 impl World {
     /// Captures the tables that match, with a slot named after the database.
     pub fn new(database: &Database<'_>, tables: &[&str]) -> Self {
+        Self::with_registry(database, tables, Arc::new(MemoryRegistry::default()))
+    }
+
+    pub fn with_registry(database: &Database<'_>, tables: &[&str], registry: Arc<dyn Registry>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let log = EmbeddedLog::open(EmbeddedSettings::new(folder.path())).unwrap();
-        let registry: Arc<dyn Registry> = Arc::new(MemoryRegistry::default());
         let mut settings = CaptureSettings::new(&database.name);
         settings.prefix = "shop".into();
         settings.encoding.prefix = "shop".into();
