@@ -165,3 +165,46 @@ update: "PUT /items/{{ $link.id }}"
     assert_eq!(proxy.count("POST", "/quote"), 1, "asked, and not sent again");
     sink.stop().await;
 }
+
+#[tokio::test]
+async fn a_create_known_by_its_key_is_sent_again_as_it_was_and_the_change_made_since_follows() {
+    let (api, proxy, system) = behind_proxy("").await;
+    let shop = Shop::start("same").await;
+    let keyed = r#"
+object: order
+topics: shop.public.customers
+initial: create
+settle: 500ms
+map: '{ name: .after.name }'
+create: { request: POST /items, headers: { Idempotency-Key: "{{ $idempotency_key }}" } }
+update: { request: "PUT /items/{{ $link.id }}", headers: { Idempotency-Key: "{{ $idempotency_key }}" } }
+"#;
+    let sink = shop.sink("orders", &system, keyed);
+    proxy.script(Script::on("POST", "/items", Fault::ResetAfter).times(1));
+    shop.sql("INSERT INTO customers (id, name) VALUES (1, 'first')").await;
+    eventually(LONG, "made, and the answer lost", async || api.items().len() == 1).await;
+    shop.sql("UPDATE customers SET name = 'second' WHERE id = 1").await;
+    settled(&shop, "orders").await;
+    assert_eq!((api.items().len(), &api.items()[0]["name"]), (1, &json!("second")), "{:?}", proxy.seen());
+    assert_eq!(proxy.count("POST", "/items"), 2);
+
+    // The same over a crash, which finds no other worker to ask.
+    proxy.script(Script::on("POST", "/items", Fault::Delay(Duration::from_secs(30))).times(1));
+    shop.sql("INSERT INTO customers (id, name) VALUES (2, 'third')").await;
+    eventually(LONG, "made again", async || api.items().len() == 2).await;
+    sink.crash().await;
+    shop.sql("UPDATE customers SET name = 'fourth' WHERE id = 2").await;
+    let sink = shop.sink("orders", &system, keyed);
+    settled(&shop, "orders").await;
+    assert_eq!((api.items().len(), &api.items()[1]["name"]), (2, &json!("fourth")), "{:?}", proxy.seen());
+
+    // An update whose answer is lost: the row moves on meanwhile, and is what it is in the end.
+    proxy.script(Script::on("PUT", "/items", Fault::ResetAfter).times(1));
+    shop.sql("UPDATE customers SET name = 'fifth' WHERE id = 2").await;
+    eventually(LONG, "applied", async || api.items()[1]["name"] == "fifth").await;
+    shop.sql("UPDATE customers SET name = 'sixth' WHERE id = 2").await;
+    settled(&shop, "orders").await;
+    assert_eq!(api.items()[1]["name"], "sixth");
+    assert!(shop.parked().await.is_empty(), "{:?}", shop.parked().await);
+    sink.stop().await;
+}

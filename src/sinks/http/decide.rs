@@ -17,7 +17,7 @@ use crate::event::Change;
 use crate::mapping::{Links, Owed, Program, Scope};
 use crate::pipeline::Fault;
 use crate::systems::{HttpRequest, RequestTemplate};
-use crate::twoway::{Direction, MAX_FLIPS, Outgoing, Send, next_flips, what_to_send};
+use crate::twoway::{Direction, Fields, MAX_FLIPS, Outgoing, Send, difference, next_flips, what_to_send};
 
 /// Between looks at an intent that another worker has open.
 const BUSY: Duration = Duration::from_millis(500);
@@ -40,6 +40,16 @@ pub(super) enum Doing {
 }
 
 impl Doing {
+    /// What the intent is for; of a create's steps, `done` are.
+    pub(super) fn of(intent: &Intent, done: usize) -> Self {
+        match intent.operation.as_str() {
+            "create" => Doing::Create(0),
+            "step" => Doing::Create(done),
+            "update" => Doing::Update,
+            _ => Doing::Delete,
+        }
+    }
+
     pub(super) fn text(self) -> &'static str {
         match self {
             Doing::Create(0) => "create",
@@ -86,6 +96,20 @@ impl Delivery {
         {
             if self.is_anothers(&transaction, link).await? {
                 return Ok(Next::Again(BUSY));
+            }
+            if attempt.again.take_if(|again| *again == intent.id).is_some() {
+                let mut link = link.clone();
+                let job = match self.same_again(&transaction, &link, intent, begun).await? {
+                    Ok(job) => job,
+                    Err(unmapped) => return Ok(not_mapped(unmapped)),
+                };
+                self.ownership.check()?;
+                link.intent = Some(job.intent.clone());
+                save_link(&transaction, &link).await?;
+                transaction.commit().await.map_err(db)?;
+                drop(client);
+                attempt.anew = true;
+                return self.carry_out(work, link.key, job, attempt).await;
             }
             let quiet = link.quiet();
             drop(transaction);
@@ -217,7 +241,7 @@ impl Delivery {
             Send::Delete => (Doing::Delete, None),
         };
         let document = document.unwrap_or_else(|| gone(work, &link));
-        let idempotency_key = attempt.idempotency_key.clone().unwrap_or_else(|| Uuid::new_v4().simple().to_string());
+        let idempotency_key = Uuid::new_v4().simple().to_string();
         attempt.owed.clone_from(&owed);
         let decision = Decision { doing, document, owed, body, idempotency_key, begun };
         let job = self.prepare(&transaction, &mut answers, &link, decision).await?;
@@ -231,6 +255,46 @@ impl Delivery {
         transaction.commit().await.map_err(db)?;
         drop(client);
         self.carry_out(work, link.key, job, attempt).await
+    }
+
+    /// The request of an open intent once more, as it was: a system that knows it by its idempotency key answers as it
+    /// did then, whatever the row is now.
+    async fn same_again<C: GenericClient>(
+        &self,
+        client: &C,
+        link: &Link,
+        intent: Intent,
+        begun: Instant,
+    ) -> Result<Result<Job, Unmapped>, Fault> {
+        let doing = Doing::of(&intent, link.steps_done(self.settings.create.len()));
+        let shown = link.shown();
+        let mut answers = Answers::new(self.settings.system.name()).without(&intent.owed);
+        let mut body = None;
+        if matches!(doing, Doing::Create(0) | Doing::Update) {
+            let now = match self.map(client, &mut answers, &intent.document, &shown).await? {
+                Ok(now) => now,
+                Err(unmapped) => return Ok(Err(unmapped)),
+            };
+            let base = match &link.base_doc {
+                Some(base) if doing == Doing::Update && self.settings.fields == Fields::Changed => {
+                    self.map(client, &mut answers.without(&link.owed), base, &shown).await?.ok()
+                }
+                _ => None,
+            };
+            body = Some(base.map_or_else(|| now.clone(), |base| difference(&base, &now)));
+        }
+        let Intent { document, owed, idempotency_key, .. } = intent;
+        let decision = Decision { doing, document, owed, body, idempotency_key, begun };
+        self.prepare(client, &mut answers, link, decision).await
+    }
+
+    /// A request can be sent again, known as the same by its idempotency key.
+    pub(super) fn is_idempotent(&self, doing: Doing) -> bool {
+        match doing {
+            Doing::Create(step) => self.settings.create.get(step).is_some_and(|step| step.idempotent),
+            Doing::Update => self.settings.idempotent.update,
+            Doing::Delete => self.settings.idempotent.delete,
+        }
     }
 
     /// What a document maps to.

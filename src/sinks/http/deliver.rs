@@ -46,17 +46,20 @@ pub struct Delivery {
 pub(super) struct Attempt {
     /// `match` has been asked, and found nothing.
     pub looked_up: bool,
-    /// Of a create that may have gone out before.
-    pub idempotency_key: Option<String>,
+    /// The intent whose request is to be sent again as it was, by its idempotency key.
+    pub again: Option<String>,
+    /// What is sent is not what the row is now: another decision is to follow.
+    pub anew: bool,
     /// Answers that asked for another try.
     pub tries: u32,
     /// Requests without an answer: the network's or the system's doing, and not the record's.
     pub unanswered: u32,
     /// The request for people of a step that had no answer and is sent again.
     pub sent_again: Option<String>,
-    /// What a create was answered that is neither a yes nor a no: a status of 500 or more.
+    /// What a create or a step was answered that is neither a yes nor a no: a status of 500 or more, or a refusal after
+    /// an earlier try had no answer.
     pub doubtful: Option<Rejection>,
-    /// All its tries are used up: what `doubtful` says is the end of it, unless `match` finds the record.
+    /// It is not tried again: what `doubtful` says is the end of it, unless the system, asked, has it.
     pub given_up: bool,
     /// Links that were not there when the row was sent as it is now.
     pub owed: Vec<Owed>,

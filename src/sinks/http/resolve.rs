@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::{Map, Value};
 
 use super::answered::{keep_facts, response_scope};
-use super::decide::scope;
+use super::decide::{Doing, scope};
 use super::deliver::{Attempt, Delivery, db};
 use super::expressions::{Answers, Unmapped};
 use super::outcome::{Next, Outcome, Rejection};
@@ -148,8 +148,9 @@ impl Delivery {
         if intent.operation == "step" {
             return self.resolve_step(key, &intent, attempt).await;
         }
+        let idempotent = self.is_idempotent(Doing::of(&intent, 0));
         if intent.operation != "create" {
-            return self.forget(key, &intent, attempt).await;
+            return if idempotent { Ok(same_again(&intent, attempt)) } else { self.forget(key, &intent).await };
         }
         if self.settings.matching.is_some() {
             return match self.look_up(&intent.document, attempt).await? {
@@ -161,7 +162,9 @@ impl Delivery {
                         return Ok(Next::rejected(doubtful));
                     }
                     attempt.looked_up = true;
-                    attempt.idempotency_key = Some(intent.idempotency_key.clone());
+                    if idempotent {
+                        return Ok(same_again(&intent, attempt));
+                    }
                     self.close_intent(key, &intent.id).await?;
                     Ok(Next::Again(Duration::ZERO))
                 }
@@ -178,15 +181,14 @@ impl Delivery {
                 }
             };
         }
+        if idempotent && !attempt.given_up {
+            return Ok(same_again(&intent, attempt));
+        }
         self.close_intent(key, &intent.id).await?;
         if attempt.given_up
             && let Some(doubtful) = attempt.doubtful.take()
         {
             return Ok(Next::rejected(doubtful));
-        }
-        if self.settings.idempotent {
-            attempt.idempotency_key = Some(intent.idempotency_key);
-            return Ok(Next::Again(Duration::ZERO));
         }
         Ok(Next::rejected(Rejection::because(format!(
             "no answer came to {}, and without `match` or an idempotency key nobody knows whether it was applied; hint: \
@@ -200,9 +202,13 @@ impl Delivery {
         let client = self.datastore.client().await?;
         let Some(link) = find_link(&client, key).await? else { return Ok(Next::Again(Duration::ZERO)) };
         let step = self.settings.create.get(link.steps_done(self.settings.create.len()));
+        let idempotent = step.is_some_and(|step| step.idempotent);
         let Some(done) = step.and_then(|step| step.done.as_ref()) else {
+            if idempotent {
+                return Ok(same_again(intent, attempt));
+            }
             attempt.sent_again = Some(intent.request.clone());
-            return self.forget(key, intent, attempt).await;
+            return self.forget(key, intent).await;
         };
         let shown = link.shown();
         let mut answers = Answers::new(self.settings.system.name());
@@ -230,7 +236,13 @@ impl Delivery {
             Answer::Uncertain { reason } => return Err(Fault::retry(reason)),
         };
         match done.when.holds(&response.body, &response_scope(Some(&response))) {
-            Ok(false) => self.forget(key, intent, attempt).await,
+            Ok(false) if attempt.given_up => {
+                self.close_intent(key, &intent.id).await?;
+                let given_up = attempt.doubtful.take().unwrap_or_else(|| Rejection::because("the step is not done"));
+                Ok(Next::rejected(given_up))
+            }
+            Ok(false) if idempotent => Ok(same_again(intent, attempt)),
+            Ok(false) => self.forget(key, intent).await,
             Ok(true) => self.step_is_done(key, intent).await,
             Err(error) => {
                 let rejection = Rejection::because(format!("`done`: {error}"));
@@ -253,9 +265,7 @@ impl Delivery {
     }
 
     /// An update, a step or a delete is decided and sent again; what an update reached is not known.
-    async fn forget(&self, key: &LinkKey, intent: &Intent, attempt: &mut Attempt) -> Result<Next, Fault> {
-        // It may have been applied: sent again, it must be known as the same.
-        attempt.idempotency_key = Some(intent.idempotency_key.clone());
+    async fn forget(&self, key: &LinkKey, intent: &Intent) -> Result<Next, Fault> {
         let mut client = self.datastore.client().await?;
         let transaction = client.transaction().await.map_err(db)?;
         if let Some(mut link) = self.lock_own(&transaction, key, &intent.id).await? {
@@ -315,6 +325,12 @@ impl Delivery {
             )))),
         }
     }
+}
+
+/// The intent stays open until the same request takes its place: nobody makes another meanwhile, whatever happens.
+fn same_again(intent: &Intent, attempt: &mut Attempt) -> Next {
+    attempt.again = Some(intent.id.clone());
+    Next::Again(Duration::ZERO)
 }
 
 fn several(ids: &[Value]) -> Rejection {

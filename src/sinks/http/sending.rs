@@ -40,6 +40,10 @@ impl Delivery {
                         attempt.sent = true;
                         return Ok(Next::Again(Duration::ZERO));
                     }
+                    Ok(Applied::All) if std::mem::take(&mut attempt.anew) => {
+                        attempt.sent = true;
+                        return Ok(Next::Again(Duration::ZERO));
+                    }
                     Ok(Applied::All) => return Ok(Next::Done(Outcome::Applied)),
                     Err(rejection) => {
                         let rejection = rejection.of(&job.request).answered(response.to_json());
@@ -52,6 +56,15 @@ impl Delivery {
                 {
                     self.applied(&key, &job, None).await?.map_err(|rejection| Fault::retry(rejection.reason))?;
                     return Ok(Next::Done(Outcome::Applied));
+                }
+                // An earlier try without an answer may have gone through after all, later than was waited for, and be why
+                // this one is refused: asked once more.
+                Answer::Rejected { response, reason } if attempt.unanswered > 0 && self.can_ask(job.operation) => {
+                    let rejection = Rejection::because(reason).of(&job.request).answered(response.to_json());
+                    self.set_ended(&key, &job.intent.id).await;
+                    attempt.doubtful = Some(rejection);
+                    attempt.given_up = true;
+                    return Ok(Next::Again(Duration::ZERO));
                 }
                 Answer::Rejected { response, mut reason } => {
                     self.close_intent(&key, &job.intent.id).await?;
@@ -69,7 +82,7 @@ impl Delivery {
                 {
                     let mut doubtful =
                         Rejection::because(reason.as_str()).of(&job.request).answered(response.to_json());
-                    if self.settings.matching.is_none() && !self.settings.idempotent {
+                    if self.settings.matching.is_none() && !self.is_idempotent(job.operation) {
                         self.close_intent(&key, &job.intent.id).await?;
                         doubtful.reason += "; without `match` or an idempotency key nobody knows whether it was applied; \
                                             hint: look in the system: drop this record if it is there, replay it if it \
@@ -88,10 +101,20 @@ impl Delivery {
                         again => Ok(again),
                     };
                 }
+                // The same of what can be asked, or known as the same.
+                Answer::Retry { after, response: Some(response), reason }
+                    if response.status >= 500 && self.can_tell(job.operation) =>
+                {
+                    let next = self.again(attempt, after, Some(response), reason, &job.request)?;
+                    match next {
+                        Next::Done(_) => self.close_intent(&key, &job.intent.id).await?,
+                        Next::Again(_) => self.set_ended(&key, &job.intent.id).await,
+                    }
+                    return Ok(next);
+                }
                 Answer::Retry { after, response, reason } => {
                     self.close_intent(&key, &job.intent.id).await?;
                     attempt.looked_up = false;
-                    attempt.idempotency_key = Some(job.intent.idempotency_key.clone());
                     return self.again(attempt, after, response, reason, &job.request);
                 }
                 Answer::Unavailable { after, reason, maybe_applied } => {
@@ -114,6 +137,20 @@ impl Delivery {
                     return Ok(Next::Again(Duration::ZERO));
                 }
             }
+        }
+    }
+
+    /// Whether a request that may or may not have been applied does no harm when it is resolved.
+    fn can_tell(&self, doing: Doing) -> bool {
+        self.is_idempotent(doing) || matches!(doing, Doing::Create(step) if step > 0) && self.can_ask(doing)
+    }
+
+    /// Whether the settings say how to ask the system if the request was applied.
+    fn can_ask(&self, doing: Doing) -> bool {
+        match doing {
+            Doing::Create(0) => self.settings.matching.is_some(),
+            Doing::Create(step) => self.settings.create.get(step).is_some_and(|step| step.done.is_some()),
+            Doing::Update | Doing::Delete => false,
         }
     }
 

@@ -24,10 +24,10 @@ pub struct Settings {
     pub matching: Option<RequestTemplate>,
     /// Steps; empty: nothing is created.
     pub create: Vec<Step>,
-    /// The create can be sent again with its idempotency key.
-    pub idempotent: bool,
     pub update: Update,
     pub delete: Option<RequestTemplate>,
+    /// Update and delete can be sent again with their idempotency keys.
+    pub idempotent: Idempotent,
     pub fields: Fields,
     pub initial: Initial,
     pub batching: Batching,
@@ -60,6 +60,15 @@ pub struct Step {
     pub request: RequestTemplate,
     /// Asked when the request had no answer: whether the step is done. Without it the request is sent again.
     pub done: Option<Done>,
+    /// The request can be sent again with its idempotency key.
+    pub idempotent: bool,
+}
+
+/// Requests that carry an idempotency key.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Idempotent {
+    pub update: bool,
+    pub delete: bool,
 }
 
 /// `done: { request: GET /sale.sale/{{ $link.id }}, when: .state != "draft" }`
@@ -71,8 +80,9 @@ pub struct Done {
 
 impl Step {
     fn read(node: &Node, compiler: &Compiler) -> Result<Self, ConfigError> {
+        let idempotent = mentions_idempotency_key(node);
         if !node.is_map() {
-            return Ok(Step { request: RequestTemplate::read(node, compiler)?, done: None });
+            return Ok(Step { request: RequestTemplate::read(node, compiler)?, done: None, idempotent });
         }
         let mut section = Section::new(node.clone(), "create")?;
         let request = RequestTemplate::from_section(&mut section, compiler)?;
@@ -86,7 +96,7 @@ impl Step {
             }
         };
         section.finish()?;
-        Ok(Step { request, done })
+        Ok(Step { request, done, idempotent })
     }
 }
 
@@ -142,7 +152,7 @@ impl Settings {
             None if change => String::new(),
             None => return Err(section.missing("object")),
         };
-        let (create, idempotent) = steps(section, &compiler, if change { "request" } else { "create" })?;
+        let create = steps(section, &compiler, if change { "request" } else { "create" })?;
         let matching = request(section, "match", &compiler)?;
         if let Some(matching) = &matching
             && matching.id.is_none()
@@ -151,10 +161,20 @@ impl Settings {
                 .error("match", "`match` needs an `id`: where in the answer the record's id is")
                 .hint("id: .[].id"));
         }
-        let update = read_update(section, &compiler)?;
+        let mut idempotent = Idempotent::default();
+        let update = match section.node("update")? {
+            Some(node) => {
+                idempotent.update = mentions_idempotency_key(&node);
+                read_update(&node, &compiler)?
+            }
+            None => Update::Nothing,
+        };
         let delete = match section.node("delete")? {
             Some(node) if word(&node) == Some("none") => None,
-            Some(node) => Some(RequestTemplate::read(&node, &compiler)?),
+            Some(node) => {
+                idempotent.delete = mentions_idempotency_key(&node);
+                Some(RequestTemplate::read(&node, &compiler)?)
+            }
             None => None,
         };
         if create.is_empty() && matching.is_none() && matches!(update, Update::Nothing) && delete.is_none() {
@@ -258,12 +278,11 @@ fn read_document(node: &Node, query: Option<Spanned<String>>) -> Result<SendMode
     Ok(SendMode::Document { root, lines, query: query.map(|query| query.value) })
 }
 
-fn read_update(section: &mut Section, compiler: &Compiler) -> Result<Update, ConfigError> {
-    let Some(node) = section.node("update")? else { return Ok(Update::Nothing) };
-    match word(&node) {
+fn read_update(node: &Node, compiler: &Compiler) -> Result<Update, ConfigError> {
+    match word(node) {
         Some("reject") => Ok(Update::Reject),
         Some("none") => Ok(Update::Nothing),
-        _ => Ok(Update::Request(Box::new(RequestTemplate::read(&node, compiler)?))),
+        _ => Ok(Update::Request(Box::new(RequestTemplate::read(node, compiler)?))),
     }
 }
 
@@ -275,17 +294,15 @@ fn word(node: &Node) -> Option<&str> {
     }
 }
 
-/// One request or a list of them; and whether the first makes use of the idempotency key.
-fn steps(section: &mut Section, compiler: &Compiler, name: &str) -> Result<(Vec<Step>, bool), ConfigError> {
-    let Some(node) = section.node(name)? else { return Ok((Vec::new(), false)) };
+/// One request or a list of them.
+fn steps(section: &mut Section, compiler: &Compiler, name: &str) -> Result<Vec<Step>, ConfigError> {
+    let Some(node) = section.node(name)? else { return Ok(Vec::new()) };
     let nodes = match &node.kind {
         NodeKind::List(nodes) => nodes.as_slice(),
         _ if word(&node) == Some("none") => &[],
         _ => std::slice::from_ref(&node),
     };
-    let idempotent = nodes.first().is_some_and(mentions_idempotency_key);
-    let steps = nodes.iter().map(|node| Step::read(node, compiler)).collect::<Result<_, _>>()?;
-    Ok((steps, idempotent))
+    nodes.iter().map(|node| Step::read(node, compiler)).collect()
 }
 
 fn mentions_idempotency_key(node: &Node) -> bool {
