@@ -164,7 +164,7 @@ pub struct Intent {
     /// Ms since 1970, by the worker's clock.
     pub started_ms: i64,
     /// Its request has come to its end so many ms after the link was written, whatever became of it: turn in the
-    /// budget and time-out.
+    /// budget and time-out. Of one that has `ended`, how long it was under way.
     #[serde(default = "longest")]
     pub longest_ms: i64,
     /// Its request has come to its end before the link was last written, and nobody knows to which.
@@ -184,10 +184,12 @@ fn longest() -> i64 {
 
 impl Intent {
     /// How long until its outcome may be asked for: the request has ended then, and the system had `settle` more to be
-    /// done with it. `quiet`: how long ago the link was written, by the datastore's clock. `None`: now.
+    /// done with it: a system that was slow over it is given as long again. `quiet`: how long ago the link was written,
+    /// by the datastore's clock. `None`: now.
     pub fn settles_in(&self, quiet: Duration, settle: Duration) -> Option<Duration> {
-        let longest = if self.ended { Duration::ZERO } else { Duration::from_millis(self.longest_ms.max(0) as u64) };
-        (longest + settle).checked_sub(quiet).filter(|rest| !rest.is_zero())
+        let longest = Duration::from_millis(self.longest_ms.max(0) as u64);
+        let rest = if self.ended { longest.max(settle) } else { longest + settle };
+        rest.checked_sub(quiet).filter(|rest| !rest.is_zero())
     }
 }
 

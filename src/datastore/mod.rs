@@ -6,6 +6,7 @@
 
 mod cursors;
 mod error;
+mod history;
 mod leases;
 mod links;
 mod migrations;
@@ -25,6 +26,7 @@ pub use cursors::{
 };
 pub use deadpool_postgres::{Client, GenericClient, Transaction};
 pub use error::{DatastoreError, DatastoreErrorKind};
+pub use history::restored_at;
 pub use leases::{Lease, acquire_lease, lease_owner_alive, release_leases, renew_leases};
 pub use links::{
     Intent, Link, LinkKey, delete_link, find_link, link_by_external, lock_link, next_push_seq, push_seq_now,

@@ -70,7 +70,8 @@ pub async fn links_of_page<C: GenericClient>(
 }
 
 /// The key of the row whose create of this object has been under way, or uncertain, for longest: a record without a
-/// link may be what it made. `None`: there is no such create.
+/// link may be what it made. `None`: there is no such create, or its sink is no more: the create is a day old, and
+/// there has been no lease of the sink for a week.
 pub async fn open_create<C: GenericClient>(
     client: &C,
     system: &str,
@@ -79,7 +80,9 @@ pub async fn open_create<C: GenericClient>(
     let select = client
         .prepare_cached(
             "SELECT local_key FROM tidegate.links WHERE system = $1 AND object = $2 AND external_id IS NULL \
-             AND intent IS NOT NULL ORDER BY (intent ->> 'started_ms')::bigint, local_key LIMIT 1",
+             AND intent IS NOT NULL AND (updated_at > now() - interval '1 day' OR EXISTS (SELECT FROM tidegate.leases \
+                 WHERE starts_with(name, 'delivery/' || split_part(intent ->> 'owner', ':', 1) || '/') \
+                 AND expires_at > now() - interval '7 days')) ORDER BY (intent ->> 'started_ms')::bigint, local_key LIMIT 1",
         )
         .await?;
     Ok(client.query_opt(&select, &[&system, &object]).await?.map(|row| row.get(0)))

@@ -90,4 +90,12 @@ CREATE TABLE tidegate.leases (
     expires_at timestamptz NOT NULL
 );
 CREATE INDEX leases_owner ON tidegate.leases (owner);
+-- What this database was when it was last looked at, and where its WAL stood when it was found to be another.
+CREATE TABLE tidegate.history (
+    one          boolean PRIMARY KEY DEFAULT true CHECK (one),
+    cluster      text NOT NULL,
+    timeline     text NOT NULL,
+    links        bigint NOT NULL,
+    restored_lsn pg_lsn
+);
 CREATE SEQUENCE tidegate.push_seq;

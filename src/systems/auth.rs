@@ -97,6 +97,29 @@ impl AuthSettings {
         Ok(auth)
     }
 
+    /// Texts that must never be shown. Of a login, the token at hand is one.
+    pub fn secrets(&self) -> Vec<String> {
+        let mut secrets = Vec::new();
+        let mut add = |text: &str| {
+            // A shorter one would hide half of every text.
+            let bare = text.rsplit(' ').next().unwrap_or_default();
+            secrets.extend([text, bare].iter().filter(|text| text.len() >= 6).map(|text| (*text).to_owned()));
+        };
+        match self {
+            AuthSettings::None => {}
+            AuthSettings::Header { value, .. } => value.to_str().into_iter().for_each(&mut add),
+            AuthSettings::Query { value, .. } => add(value.expose_secret()),
+            AuthSettings::Login(login) => {
+                login.secret.iter().for_each(|secret| add(secret.expose_secret()));
+                let token = login.token.try_lock();
+                let token =
+                    token.iter().filter_map(|token| token.as_ref()).filter_map(|token| token.value.to_str().ok());
+                token.for_each(&mut add);
+            }
+        }
+        secrets
+    }
+
     fn header(section: &Section, setting: &str, name: HeaderName, value: String) -> Result<Self, ConfigError> {
         match secret_value(&value) {
             Some(value) => Ok(AuthSettings::Header { name, value }),

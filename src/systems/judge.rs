@@ -75,7 +75,8 @@ impl System {
     }
 
     fn reason(&self, request: &HttpRequest, response: &HttpResponse) -> String {
-        format!("{} {} answered {}: {}", request.method, request.shown_path(), response.status, response.excerpt())
+        let answer = self.without_secrets(response.excerpt());
+        format!("{} {} answered {}: {answer}", request.method, request.shown_path(), response.status)
     }
 
     fn too_long(&self) -> String {

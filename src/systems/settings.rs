@@ -1,5 +1,6 @@
 //! The settings of one system, as its part of the worker's file says them.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use reqwest::Url;
@@ -25,6 +26,8 @@ pub struct SystemSettings {
     pub(super) rules: Vec<Rule>,
     /// A longer body is an error, not a full memory.
     pub(super) response_limit: ByteSize,
+    /// PEM file of authorities to trust beside the machine's.
+    pub(super) root_certificate: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -86,6 +89,7 @@ impl SystemSettings {
             probe,
             breaker,
             rules,
+            root_certificate: section.take("sslrootcert")?,
             response_limit: section.or("response.limit", ByteSize(64 * 1024 * 1024))?,
         };
         section.finish()?;

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError, Weak};
 use std::time::Duration;
 
 use reqwest::Client;
+use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -18,7 +19,7 @@ use super::availability::Probed;
 use super::breaker::{Breaker, BreakerState};
 use super::budget::Budget;
 use super::exchange::{Lost, Ready, chain};
-use super::{Answer, HttpRequest, SystemSettings};
+use super::{Answer, HttpRequest, HttpResponse, SystemSettings};
 use crate::config::{ConfigError, Place};
 use crate::mapping::Compiler;
 
@@ -40,15 +41,24 @@ impl System {
     /// Must be called before its first use inside a runtime; starts nothing yet.
     pub fn new(settings: SystemSettings) -> Result<Arc<Self>, ConfigError> {
         install_crypto();
-        let client = Client::builder()
+        let wrong = |what: String| ConfigError::new(&Place::outside(&settings.name), what);
+        let mut builder = Client::builder();
+        if let Some(path) = &settings.root_certificate {
+            let unread = |error: &dyn std::fmt::Display| wrong(format!("sslrootcert {}: {error}", path.display()));
+            let pem = std::fs::read(path).map_err(|error| unread(&error))?;
+            let certificates = reqwest::Certificate::from_pem_bundle(&pem).map_err(|error| unread(&chain(&error)))?;
+            if certificates.is_empty() {
+                return Err(unread(&"there is no certificate in it"));
+            }
+            builder = builder.tls_certs_merge(certificates);
+        }
+        let client = builder
             .connect_timeout(settings.timeouts.connect)
             .redirect(reqwest::redirect::Policy::none())
             .pool_idle_timeout(Duration::from_secs(30))
             .user_agent(concat!("tidegate/", env!("CARGO_PKG_VERSION")))
             .build()
-            .map_err(|error| {
-                ConfigError::new(&Place::outside(&settings.name), format!("no HTTP client: {}", chain(&error)))
-            })?;
+            .map_err(|error| wrong(format!("no HTTP client: {}", chain(&error))))?;
         let budget = Budget::new(&settings.limits, settings.concurrency);
         let breaker = Breaker::new(settings.breaker);
         Ok(Arc::new_cyclic(|myself| System {
@@ -163,6 +173,23 @@ impl System {
         answer
     }
 
+    /// The answer as a dead letter shows it: without the credentials that the request was sent with, should the system
+    /// have said them back.
+    pub fn shown(&self, response: &HttpResponse) -> Value {
+        let shown = response.to_json();
+        let secrets = self.settings.auth.secrets();
+        if secrets.is_empty() {
+            return shown;
+        }
+        let hidden = hide(shown.to_string(), &secrets);
+        serde_json::from_str(&hidden).unwrap_or_else(|_| json!({ "status": response.status }))
+    }
+
+    /// A text for people, without those credentials.
+    pub(super) fn without_secrets(&self, text: String) -> String {
+        hide(text, &self.settings.auth.secrets())
+    }
+
     /// The path, as [`HttpRequest::path`] takes it, of `next`: a URL that an answer to `request` gave, absolute or
     /// relative to the request's own.
     pub fn resolve(&self, request: &HttpRequest, next: &str) -> Result<String, String> {
@@ -181,6 +208,14 @@ impl Drop for System {
             task.abort();
         }
     }
+}
+
+fn hide(text: String, secrets: &[String]) -> String {
+    // As the text has them, and as JSON quotes them.
+    secrets.iter().fold(text, |text, secret| {
+        let quoted = Value::from(secret.as_str()).to_string();
+        text.replace(quoted.trim_matches('"'), "***").replace(secret.as_str(), "***")
+    })
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

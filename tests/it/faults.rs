@@ -75,6 +75,50 @@ async fn what_may_have_been_applied_is_uncertain_and_what_was_never_sent_is_not(
     assert!(matches!(answer, Answer::Unavailable { maybe_applied: false, .. }), "{answer:?}");
 }
 
+/// The API behind TLS, with a certificate of an authority that nobody knows.
+async fn behind_tls(server: std::net::SocketAddr, folder: &std::path::Path) -> (String, tokio::task::JoinHandle<()>) {
+    use rustls::pki_types::pem::PemObject;
+    crate::support::postgres::certificate(folder);
+    let certificate = rustls::pki_types::CertificateDer::from_pem_file(folder.join("server.crt")).unwrap();
+    let key = rustls::pki_types::PrivateKeyDer::from_pem_file(folder.join("server.key")).unwrap();
+    let settings =
+        rustls::ServerConfig::builder().with_no_client_auth().with_single_cert(vec![certificate], key).unwrap();
+    let acceptor = tokio_rustls::TlsAcceptor::from(std::sync::Arc::new(settings));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("https://localhost:{}/v1", listener.local_addr().unwrap().port());
+    let serving = tokio::spawn(async move {
+        loop {
+            let (client, _) = listener.accept().await.unwrap();
+            let acceptor = acceptor.clone();
+            tokio::spawn(async move {
+                let Ok(mut client) = acceptor.accept(client).await else { return };
+                let mut server = tokio::net::TcpStream::connect(server).await.unwrap();
+                let _ = tokio::io::copy_bidirectional(&mut client, &mut server).await;
+            });
+        }
+    });
+    (url, serving)
+}
+
+#[tokio::test]
+async fn a_system_behind_tls_is_spoken_to_when_its_authority_is_trusted() {
+    let api = Api::start(vec![json!({"id": 1})]).await;
+    crate::support::http();
+    let folder = tempfile::tempdir().unwrap();
+    let (url, serving) = behind_tls(api.address, folder.path()).await;
+    let trusting = format!("base_url: {url}\nsslrootcert: {}/root.crt", folder.path().display());
+    let answer = system("api", &trusting).send(&get()).await;
+    assert!(matches!(&answer, Answer::Applied(response) if response.body[0]["id"] == 1), "{answer:?}");
+    let answer = system("api", &format!("base_url: {url}")).send(&get()).await;
+    let Answer::Unavailable { reason, maybe_applied: false, .. } = &answer else { panic!("{answer:?}") };
+    assert!(reason.contains("certificate"), "{reason}");
+    assert_eq!(api.asked().len(), 1, "nothing was sent to a stranger");
+    // And not to one whose name is another than the certificate's.
+    let other = trusting.replace("localhost", "127.0.0.2");
+    assert!(matches!(system("api", &other).send(&get()).await, Answer::Unavailable { maybe_applied: false, .. }));
+    serving.abort();
+}
+
 #[tokio::test]
 async fn a_login_is_made_once_for_all_who_wait_and_again_when_its_token_is_refused() {
     let auth = r#"auth:

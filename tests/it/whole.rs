@@ -35,6 +35,8 @@ map: '{ name }'
 pub struct World {
     pub tryton: Tryton,
     pub proxy: Proxy,
+    /// Of the database.
+    pub url: String,
     pub sql: tokio_postgres::Client,
     pub workshop: Workshop,
     /// Of topics, and of the capture.
@@ -50,7 +52,7 @@ impl World {
         let sql = database.connect().await;
         let workshop = Workshop::new(&database.url(), log, &systems(&tryton, &proxy));
         let prefix = database.name.clone();
-        World { tryton, proxy, sql, workshop, prefix }
+        World { tryton, proxy, url: database.url(), sql, workshop, prefix }
     }
 
     /// The sink of customers, in this workshop or another.
@@ -162,7 +164,7 @@ fn storm(proxy: &Proxy) {
 }
 
 /// Inserts and changes for a while, in transactions of several rows; each change raises the row's version.
-async fn write(world: &World, seed: u64, time: Duration, customers: u64) {
+pub async fn write(world: &World, seed: u64, time: Duration, customers: u64) {
     let mut random = StdRng::seed_from_u64(seed);
     let (start, mut made, mut version) = (Instant::now(), 0, 0);
     while start.elapsed() < time || made < customers {

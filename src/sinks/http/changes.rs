@@ -23,6 +23,7 @@ impl Delivery {
                 key: work.key.clone(),
                 events: vec![Event { record: event.record.clone(), change: event.change.clone() }],
                 queue: work.queue.clone(),
+                told: work.told,
             };
             match self.change(&one, event).await? {
                 outcome @ (Outcome::Applied | Outcome::Skipped(_)) => {
@@ -39,7 +40,7 @@ impl Delivery {
 
     async fn change(&self, work: &KeyWork, event: &Event) -> Result<Outcome, Fault> {
         let change = &event.change;
-        if change.origin.as_deref() == Some(self.settings.system.name()) {
+        if !self.settings.echo && change.origin.as_deref() == Some(self.settings.system.name()) {
             return Ok(Outcome::Skipped("it came from this system"));
         }
         if self.settings.initial == Initial::Skip && change.operation == Operation::Read {
@@ -98,7 +99,8 @@ impl Delivery {
             match self.settings.system.send_if(&request, &ready).await {
                 Answer::Applied(_) => step += 1,
                 Answer::Rejected { response, reason } => {
-                    let rejection = Rejection::because(reason).of(&request).answered(response.to_json());
+                    let rejection =
+                        Rejection::because(reason).of(&request).answered(self.settings.system.shown(&response));
                     return Ok(Outcome::Rejected(rejection));
                 }
                 Answer::Retry { after, response, reason } => {

@@ -201,6 +201,17 @@ impl Delivery {
                 if settings.create.is_empty() {
                     return Ok(Next::skipped("not in the system, and nothing is created"));
                 }
+                if let Some(restored) = self.restored
+                    && settings.matching.is_none()
+                    && !work.told
+                    && !work.is_made_since(restored)
+                {
+                    return Ok(Next::rejected(Rejection::because(
+                        "the datastore was restored, or another took its place, after this row was made: without `match` \
+                         nobody knows whether it is in the system already; hint: look there: drop this record if it is, \
+                         replay it if it is not",
+                    )));
+                }
                 (Doing::Create(0), now)
             }
             Send::Finish(step) => (Doing::Create(step), None),

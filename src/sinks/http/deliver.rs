@@ -19,7 +19,8 @@ use super::ownership::Ownership;
 use super::settings::Settings;
 use super::shape::Shape;
 use super::work::KeyWork;
-use crate::datastore::{Datastore, GenericClient, Link, LinkKey, lease_owner_alive};
+use crate::datastore::{Datastore, GenericClient, Link, LinkKey, lease_owner_alive, restored_at};
+use crate::event::Lsn;
 use crate::mapping::Owed;
 use crate::pipeline::{ConnectorContext, Counts, Fault, FaultKind, Status};
 use crate::registry::EventDecoder;
@@ -38,6 +39,8 @@ pub struct Delivery {
     pub(super) ownership: Ownership,
     pub(super) dead_letters: DeadLetters,
     revoked: Arc<Revoked>,
+    /// Where the datastore's WAL stood when it was found to be restored.
+    pub(super) restored: Option<Lsn>,
     pub(super) status: Arc<Status>,
 }
 
@@ -90,6 +93,7 @@ impl Delivery {
             ownership: Ownership::take(&context.datastore, &context.name, alone).await?,
             dead_letters: DeadLetters::new(context.log.clone(), &context.name, &topic),
             revoked,
+            restored: restored_at(&context.datastore.client().await?).await?,
             status: context.status.clone(),
             settings,
         })

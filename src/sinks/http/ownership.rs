@@ -33,6 +33,13 @@ impl Ownership {
                 .execute("DELETE FROM tidegate.leases WHERE starts_with(name, $1)", &[&name_of(connector, "")])
                 .await?;
         }
+        // Of workers that crashed: nobody needs them any more.
+        client
+            .execute(
+                "DELETE FROM tidegate.leases WHERE starts_with(name, $1) AND expires_at < now() - interval '1 hour'",
+                &[&name_of(connector, "")],
+            )
+            .await?;
         acquire_lease(&client, &name_of(connector, &owner), &owner, TIME).await?;
         drop(client);
         let good_until = Arc::new(Mutex::new(asked + TIME));
@@ -58,12 +65,19 @@ impl Ownership {
         ))
     }
 
-    /// Gives the lease back, so that another need not wait for it to lapse.
+    /// Gives the lease back, so that another need not wait for it to lapse. With an intent still open it lapses by
+    /// itself, and stays as a sign that the sink comes back for it.
     pub async fn release(&self, connector: &str) {
         self.renewing.abort();
-        if let Ok(client) = self.datastore.client().await
-            && let Err(error) = release_leases(&client, &self.owner, &[name_of(connector, &self.owner)]).await
-        {
+        let released = async {
+            let client = self.datastore.client().await?;
+            let open = "SELECT EXISTS (SELECT FROM tidegate.links WHERE intent ->> 'owner' = $1)";
+            if !client.query_one(open, &[&self.owner]).await?.get::<_, bool>(0) {
+                release_leases(&client, &self.owner, &[name_of(connector, &self.owner)]).await?;
+            }
+            Ok::<_, DatastoreError>(())
+        };
+        if let Err(error) = released.await {
             tracing::debug!(%error, "the lease is left to lapse");
         }
     }

@@ -51,7 +51,9 @@ impl Delivery {
             Answer::Rejected { response, .. } if matches!(response.status, 404 | 410) => return Ok(Found::Nothing),
             Answer::Rejected { response, reason } => {
                 let rejection = Rejection::because(format!("`match` was refused: {reason}"));
-                return Ok(Found::Not(Next::rejected(rejection.of(&request).answered(response.to_json()))));
+                return Ok(Found::Not(Next::rejected(
+                    rejection.of(&request).answered(self.settings.system.shown(&response)),
+                )));
             }
             Answer::Retry { after, response, reason } => {
                 return self.again(attempt, after, response, reason, &request).map(Found::Not);
@@ -60,7 +62,9 @@ impl Delivery {
             Answer::Uncertain { reason } => return Err(Fault::retry(reason)),
         };
         let failed = |reason: String| {
-            let rejection = Rejection::because(format!("`match`: {reason}")).of(&request).answered(response.to_json());
+            let rejection = Rejection::because(format!("`match`: {reason}"))
+                .of(&request)
+                .answered(self.settings.system.shown(&response));
             Ok(Found::Not(Next::rejected(rejection)))
         };
         let Some(id) = &matching.id else { return failed("it has no `id`".into()) };
@@ -227,7 +231,7 @@ impl Delivery {
             Answer::Applied(response) => response,
             Answer::Rejected { response, reason } => {
                 let rejection = Rejection::because(format!("`done` was refused: {reason}"));
-                return Ok(Next::rejected(rejection.of(&request).answered(response.to_json())));
+                return Ok(Next::rejected(rejection.of(&request).answered(self.settings.system.shown(&response))));
             }
             Answer::Retry { after, response, reason } => {
                 return self.again(attempt, after, response, reason, &request);
@@ -246,7 +250,7 @@ impl Delivery {
             Ok(true) => self.step_is_done(key, intent).await,
             Err(error) => {
                 let rejection = Rejection::because(format!("`done`: {error}"));
-                Ok(Next::rejected(rejection.of(&request).answered(response.to_json())))
+                Ok(Next::rejected(rejection.of(&request).answered(self.settings.system.shown(&response))))
             }
         }
     }

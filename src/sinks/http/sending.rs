@@ -3,7 +3,10 @@
 //! The invariants: a request whose outcome is not certain leaves its intent open; and none leaves when its intent may
 //! be in other hands: later than its turn allows, after the lease has lapsed, or after the partition was taken away.
 
+use std::sync::OnceLock;
 use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::answered::Applied;
 use super::decide::{Doing, Job};
@@ -24,7 +27,9 @@ impl Delivery {
         attempt: &mut Attempt,
     ) -> Result<Next, Fault> {
         loop {
+            let left = OnceLock::new();
             let ready = || {
+                left.get_or_init(Instant::now);
                 let system = &self.settings.system;
                 if job.begun.elapsed() > system.longest_turn() {
                     return Err(format!("its turn in the budget of '{}' came too late", system.name()));
@@ -33,6 +38,7 @@ impl Delivery {
                 self.held(work).map_err(|fault| fault.message)
             };
             let answer = self.settings.system.send_if(&job.request, &ready).await;
+            let took = left.get().map_or(Duration::ZERO, Instant::elapsed);
             match answer {
                 Answer::Applied(response) => match self.applied(&key, &job, Some(&response)).await? {
                     Ok(Applied::Step(next)) => job = *next,
@@ -46,7 +52,7 @@ impl Delivery {
                     }
                     Ok(Applied::All) => return Ok(Next::Done(Outcome::Applied)),
                     Err(rejection) => {
-                        let rejection = rejection.of(&job.request).answered(response.to_json());
+                        let rejection = rejection.of(&job.request).answered(self.settings.system.shown(&response));
                         return Ok(Next::rejected(rejection));
                     }
                 },
@@ -60,8 +66,9 @@ impl Delivery {
                 // An earlier try without an answer may have gone through after all, later than was waited for, and be why
                 // this one is refused: asked once more.
                 Answer::Rejected { response, reason } if attempt.unanswered > 0 && self.can_ask(job.operation) => {
-                    let rejection = Rejection::because(reason).of(&job.request).answered(response.to_json());
-                    self.set_ended(&key, &job.intent.id).await;
+                    let rejection =
+                        Rejection::because(reason).of(&job.request).answered(self.settings.system.shown(&response));
+                    self.set_ended(&key, &job.intent.id, took).await;
                     attempt.doubtful = Some(rejection);
                     attempt.given_up = true;
                     return Ok(Next::Again(Duration::ZERO));
@@ -72,7 +79,8 @@ impl Delivery {
                         reason += "; an earlier try had no answer and may have gone through; hint: give the step a `done` \
                                    that asks the system";
                     }
-                    let rejection = Rejection::because(reason).of(&job.request).answered(response.to_json());
+                    let rejection =
+                        Rejection::because(reason).of(&job.request).answered(self.settings.system.shown(&response));
                     return Ok(Next::rejected(rejection));
                 }
                 // The system may have made it and failed after: as with no answer, it is looked up before it is made
@@ -80,8 +88,9 @@ impl Delivery {
                 Answer::Retry { after, response: Some(response), reason }
                     if job.operation == Doing::Create(0) && response.status >= 500 =>
                 {
-                    let mut doubtful =
-                        Rejection::because(reason.as_str()).of(&job.request).answered(response.to_json());
+                    let mut doubtful = Rejection::because(reason.as_str())
+                        .of(&job.request)
+                        .answered(self.settings.system.shown(&response));
                     if self.settings.matching.is_none() && !self.is_idempotent(job.operation) {
                         self.close_intent(&key, &job.intent.id).await?;
                         doubtful.reason += "; without `match` or an idempotency key nobody knows whether it was applied; \
@@ -89,7 +98,7 @@ impl Delivery {
                                             is not";
                         return Ok(Next::rejected(doubtful));
                     }
-                    self.set_ended(&key, &job.intent.id).await;
+                    self.set_ended(&key, &job.intent.id, took).await;
                     attempt.looked_up = false;
                     attempt.doubtful = Some(doubtful);
                     return match self.again(attempt, after, Some(response), reason, &job.request)? {
@@ -108,7 +117,7 @@ impl Delivery {
                     let next = self.again(attempt, after, Some(response), reason, &job.request)?;
                     match next {
                         Next::Done(_) => self.close_intent(&key, &job.intent.id).await?,
-                        Next::Again(_) => self.set_ended(&key, &job.intent.id).await,
+                        Next::Again(_) => self.set_ended(&key, &job.intent.id, took).await,
                     }
                     return Ok(next);
                 }
@@ -119,7 +128,7 @@ impl Delivery {
                 }
                 Answer::Unavailable { after, reason, maybe_applied } => {
                     if maybe_applied {
-                        self.set_ended(&key, &job.intent.id).await;
+                        self.set_ended(&key, &job.intent.id, took).await;
                     } else {
                         self.close_intent(&key, &job.intent.id).await?;
                     }
@@ -128,7 +137,7 @@ impl Delivery {
                 Answer::Uncertain { reason } => {
                     // The intent stays open; the next step finds and resolves it.
                     attempt.unanswered += 1;
-                    self.set_ended(&key, &job.intent.id).await;
+                    self.set_ended(&key, &job.intent.id, took).await;
                     attempt.looked_up = false;
                     tracing::warn!(connector = self.connector, key = %work.key, "{reason}; what became of it is looked up");
                     if attempt.unanswered > self.settings.retries {
@@ -156,13 +165,14 @@ impl Delivery {
 
     /// The intent's request has come to its end, and nobody knows to which: whoever has the key next need not wait for
     /// that end. Where it can't be written, its time tells.
-    async fn set_ended(&self, key: &LinkKey, intent: &str) {
+    async fn set_ended(&self, key: &LinkKey, intent: &str, took: Duration) {
         let written = async {
             let mut client = self.datastore.client().await?;
             let transaction = client.transaction().await.map_err(db)?;
             if let Some(mut link) = self.lock_own(&transaction, key, intent).await? {
                 if let Some(intent) = &mut link.intent {
                     intent.ended = true;
+                    intent.longest_ms = took.as_millis() as i64;
                 }
                 save_link(&transaction, &link).await?;
             }
@@ -193,7 +203,9 @@ impl Delivery {
         attempt.tries += 1;
         if attempt.tries > self.settings.retries || spent > self.settings.retry_for {
             let reason = format!("{reason} (tried {} times)", attempt.tries);
-            return Ok(Next::rejected(Rejection::because(reason).of(request).answered(response.to_json())));
+            return Ok(Next::rejected(
+                Rejection::because(reason).of(request).answered(self.settings.system.shown(&response)),
+            ));
         }
         Ok(Next::Again(after.unwrap_or_else(|| pause_of(attempt.tries))))
     }

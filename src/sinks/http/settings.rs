@@ -30,6 +30,8 @@ pub struct Settings {
     pub idempotent: Idempotent,
     pub fields: Fields,
     pub initial: Initial,
+    /// With `send: change`: events that a pull from the system wrote are sent, too.
+    pub echo: bool,
     pub batching: Batching,
     /// Keys in work at the same time, at the most; the system's budget may allow fewer.
     pub concurrency: usize,
@@ -128,6 +130,15 @@ pub enum Initial {
 
 crate::choices!(Initial { "match" => Initial::Match, "create" => Initial::Create, "skip" => Initial::Skip });
 
+/// What becomes of an event that a pull from the system wrote.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Echo {
+    Skip,
+    Send,
+}
+
+crate::choices!(Echo { "skip" => Echo::Skip, "send" => Echo::Send });
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Mode {
     Row,
@@ -187,6 +198,13 @@ impl Settings {
                 "`send: change` sends each event by one `request`; `match`, `update` and `delete` need links",
             ));
         }
+        let echo: Option<Echo> = section.take("echo")?;
+        if echo.is_some() && !change {
+            return Err(
+                section.error("echo", "`echo` goes with `send: change`: rows are compared with what was last agreed")
+            );
+        }
+        let echo = echo == Some(Echo::Send);
         let map = program(section, "map", &compiler)?;
         if !change
             && !matches!(update, Update::Request(_))
@@ -211,6 +229,7 @@ impl Settings {
             delete,
             fields: section.or("fields", Fields::Changed)?,
             initial: section.or("initial", Initial::Match)?,
+            echo,
             batching: Batching::read(section)?,
             concurrency: section.or("concurrency", 8usize)?.clamp(1, 256),
             dead_letter_topic: section.take("errors.deadletterqueue.topic.name")?,

@@ -8,7 +8,7 @@ use super::deliver::Delivery;
 use super::intake::Work;
 use super::outcome::Rejection;
 use crate::datastore::{Client, Command, Parked, ParkedKind, TableName, parked_places, parked_queue, unpark};
-use crate::event::{Change, Operation, TopicPartition};
+use crate::event::{Change, Lsn, Operation, TopicPartition};
 use crate::log::ConsumedRecord;
 use crate::pipeline::{Counts, Fault};
 
@@ -27,6 +27,8 @@ pub struct KeyWork {
     pub events: Vec<Event>,
     /// The events come from this queue of parked records: that of the key, or of a record that could not be read.
     pub queue: Option<Value>,
+    /// A person asked for it.
+    pub told: bool,
 }
 
 impl KeyWork {
@@ -45,6 +47,12 @@ impl KeyWork {
     /// Nothing but rows read by a snapshot.
     pub fn is_snapshot(&self) -> bool {
         self.events.iter().all(|event| event.change.operation == Operation::Read)
+    }
+
+    /// The row itself was inserted after this.
+    pub fn is_made_since(&self, lsn: Lsn) -> bool {
+        let made = |change: &Change| change.operation == Operation::Create && change.table == self.table.name;
+        self.events.iter().any(|event| made(&event.change) && event.change.lsn > lsn)
     }
 
     /// Nothing but what was pulled from the system itself.
@@ -95,7 +103,7 @@ impl Delivery {
             for (table, key, change) in keys {
                 let event = Event { record: record.clone(), change };
                 let at = *places.entry((table.to_string(), key.to_string())).or_insert_with(|| {
-                    works.push(KeyWork { table, key, events: Vec::new(), queue: None });
+                    works.push(KeyWork { table, key, events: Vec::new(), queue: None, told: false });
                     works.len() - 1
                 });
                 works[at].events.push(event);
@@ -116,6 +124,7 @@ impl Delivery {
                 tracing::info!(connector = self.connector, %key, offset = head.summary.offset, "a dead letter was dropped");
                 continue;
             }
+            let told = head.summary.command == Some(Command::Replay);
             let owing = head.summary.kind == ParkedKind::Owing;
             if (owing || head.summary.kind == ParkedKind::Waiting) && !head.satisfied && head.summary.command.is_none()
             {
@@ -160,7 +169,7 @@ impl Delivery {
                 }
             }
             if let Some((table, own)) = own {
-                works.push(KeyWork { table, key: own, events, queue: Some(key.clone()) });
+                works.push(KeyWork { table, key: own, events, queue: Some(key.clone()), told });
             }
         }
         Ok((works, counts))

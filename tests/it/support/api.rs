@@ -25,6 +25,7 @@ pub struct Records {
     pub asked: Vec<String>,
     /// What was made by `POST /v1/items`, by id from 1.
     pub items: BTreeMap<u64, Value>,
+    pub made: u64,
     /// Idempotency keys that made something, with its id.
     pub known: BTreeMap<String, u64>,
 }
@@ -101,7 +102,8 @@ async fn make(State(inside): Inside, headers: HeaderMap, Json(mut item): Json<Va
     if let Some(id) = key.as_ref().and_then(|key| inside.known.get(key)) {
         return (StatusCode::OK, Json(inside.items[id].clone()));
     }
-    let id = inside.items.len() as u64 + 1;
+    inside.made += 1;
+    let id = inside.made;
     item["id"] = json!(id);
     inside.known.extend(key.map(|key| (key, id)));
     inside.items.insert(id, item.clone());
