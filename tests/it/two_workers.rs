@@ -1,6 +1,7 @@
 //! Two workers in one consumer group on Kafka: partitions move while deliveries run and records are set aside.
 #![cfg(feature = "kafka")]
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde_json::json;
@@ -55,6 +56,7 @@ async fn partitions_that_move_during_deliveries_lose_and_double_nothing_and_keep
     world.proxy.script(Script::on("PUT", "/party.party", Fault::Delay(Duration::from_millis(500))));
     world.sql("INSERT INTO customers SELECT i, 'n' || i || ' v0', 's', CASE WHEN i % 10 = 0 THEN 'nowhere' ELSE 'c' END, 1 FROM generate_series(101, 140) i").await;
     let second = Second::new(&world, kafka);
+    let writing = AtomicBool::new(true);
     let moving = async {
         let worker = second.join().await;
         tokio::time::sleep(Duration::from_secs(4)).await;
@@ -63,9 +65,11 @@ async fn partitions_that_move_during_deliveries_lose_and_double_nothing_and_keep
         tokio::time::sleep(Duration::from_secs(4)).await;
         worker.signal("TERM");
         assert_eq!(worker.wait(Duration::from_secs(60)).await, 0, "{}", worker.log_end(30));
-        second.join().await
+        let worker = second.join().await;
+        writing.store(false, Ordering::Relaxed);
+        worker
     };
-    let (worker, ()) = tokio::join!(moving, write(&world, 11, Duration::from_secs(40), 60));
+    let (worker, ()) = tokio::join!(moving, write(&world, 11, || writing.load(Ordering::Relaxed), 60));
     world.proxy.clear();
     // Four records are set aside, and what came later for their keys stands behind.
     eventually(LONG, "delivered, but for what is set aside", async || {
