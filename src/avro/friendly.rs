@@ -28,6 +28,8 @@ pub(super) enum Meaning {
         utc: bool,
     },
     TimestampNanos,
+    /// Text that ends in Z.
+    Instant,
     DurationMicros,
 }
 
@@ -49,6 +51,7 @@ impl Meaning {
             }
             "io.debezium.time.MicroTimestamp" => Meaning::TimestampMicros { utc: false },
             "io.debezium.time.NanoTimestamp" => Meaning::TimestampNanos,
+            "io.debezium.time.ZonedTimestamp" => Meaning::Instant,
             "io.debezium.time.MicroDuration" => Meaning::DurationMicros,
             _ => match text("logicalType") {
                 "decimal" => Meaning::Decimal { scale: scale() },
@@ -98,6 +101,14 @@ impl Meaning {
     pub fn text(&self, text: &str) -> Value {
         match self {
             Meaning::Json => serde_json::from_str(text).unwrap_or_else(|_| text.into()),
+            // As other times, and as PostgreSQL's own JSON: no zeros at the end of a second.
+            Meaning::Instant => match text.strip_suffix('Z').and_then(|text| text.rsplit_once('.')) {
+                Some((whole, fraction)) => match fraction.trim_end_matches('0') {
+                    "" => format!("{whole}Z").into(),
+                    fraction => format!("{whole}.{fraction}Z").into(),
+                },
+                None => text.into(),
+            },
             _ => text.into(),
         }
     }
@@ -251,6 +262,10 @@ mod tests {
         assert_eq!(Meaning::TimeMicros.integer(-1), -1);
         assert_eq!(Meaning::TimestampMillis { utc: false }.integer(-1000), "1969-12-31T23:59:59");
         assert_eq!(Meaning::TimestampMicros { utc: true }.integer(1), "1970-01-01T00:00:00.000001Z");
+        assert_eq!(Meaning::Instant.text("2024-05-06T05:08:09.120000Z"), "2024-05-06T05:08:09.12Z");
+        assert_eq!(Meaning::Instant.text("2024-05-06T05:08:10.000000Z"), "2024-05-06T05:08:10Z");
+        assert_eq!(Meaning::Instant.text("2024-05-06T05:08:10Z"), "2024-05-06T05:08:10Z");
+        assert_eq!(Meaning::Instant.text("infinity"), "infinity");
         assert_eq!(Meaning::TimestampMicros { utc: false }.integer(i64::MAX), "infinity");
         assert_eq!(Meaning::DurationMicros.integer(90_500_000), "PT1M30.5S");
         assert_eq!(Meaning::DurationMicros.integer(i64::MIN), "PT-2562047788H-54.775808S");
