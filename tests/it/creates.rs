@@ -75,6 +75,45 @@ async fn after_a_restore_nothing_is_made_twice_that_was_made_before() {
 }
 
 #[tokio::test]
+async fn a_try_that_went_through_late_is_found_when_the_next_one_is_refused() {
+    let (api, proxy, system) = behind_proxy("").await;
+    let shop = Shop::start("late").await;
+    let steps = r#"
+object: order
+topics: shop.public.customers
+settle: 2s
+map: '{ name: .after.name }'
+match: { request: GET /items, params: { code: "{{ .key.id }}" }, id: ".[].id" }
+create:
+  - { request: POST /items, map: "{ code: .key.id, name: .after.name }" }
+  - request: POST /items/{{ $link.id }}/quote
+    done: { request: "GET /items/{{ $link.id }}", when: '.done // [] | index("quote")' }
+"#;
+    let refused = Fault::Answer { status: 400, headers: Vec::new(), body: r#"{"error":"there already"}"#.to_owned() };
+    proxy.script(Script::on("POST", "/quote", Fault::ResetBefore).times(1));
+    proxy.script(Script::on("POST", "/quote", refused.clone()).times(1));
+    proxy.script(Script::on("POST", "/items", Fault::ResetBefore).times(1));
+    proxy.script(Script::on("POST", "/items", refused.clone()).times(1));
+    let sink = shop.sink("orders", &system, steps);
+    shop.sql("INSERT INTO customers (id, name) VALUES (1, 'a')").await;
+    eventually(LONG, "tried again", async || proxy.count("POST", "/items") == 2).await;
+    api.inside.lock().unwrap().items.insert(7, json!({"id": 7, "code": 1, "name": "a"}));
+    eventually(LONG, "the step is tried again", async || proxy.count("POST", "/7/quote") == 2).await;
+    api.inside.lock().unwrap().items.get_mut(&7).unwrap()["done"] = json!(["quote"]);
+    settled(&shop, "orders").await;
+    assert!(shop.parked().await.is_empty(), "{:?}", shop.parked().await);
+    assert_eq!((api.items().len(), proxy.count("POST", "")), (1, 4));
+    // What is refused for good is a dead letter with the answer that it got.
+    proxy.script(Script::on("POST", "/items", Fault::ResetBefore).times(1));
+    proxy.script(Script::on("POST", "/items", refused).times(1));
+    shop.sql("INSERT INTO customers (id, name) VALUES (2, 'b')").await;
+    let parked = eventually(LONG, "a dead letter", async || shop.parked().await.pop()).await;
+    assert!(parked.reason.contains("there already"), "{}", parked.reason);
+    assert_eq!(api.items().len(), 1);
+    sink.stop().await;
+}
+
+#[tokio::test]
 async fn a_create_of_a_sink_that_is_no_more_holds_back_records_for_a_time_only() {
     let shop = Shop::start("no_more").await;
     let client = shop.datastore.client().await.unwrap();

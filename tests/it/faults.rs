@@ -56,6 +56,27 @@ async fn a_429_pauses_every_request_of_the_system() {
 }
 
 #[tokio::test]
+async fn a_request_that_waited_for_its_turn_leaves_only_if_it_still_may() {
+    let (_api, proxy, system) = behind_proxy("budget: { requests: 1, per: 1s }").await;
+    assert!(matches!(system.send(&get()).await, Answer::Applied(_)));
+    let may = std::sync::atomic::AtomicBool::new(true);
+    let ready = || match may.load(std::sync::atomic::Ordering::Relaxed) {
+        true => Ok(()),
+        false => Err("it is another's now".to_owned()),
+    };
+    let request = get();
+    let (answer, ()) = tokio::join!(system.send_if(&request, &ready), async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        may.store(false, std::sync::atomic::Ordering::Relaxed);
+    });
+    let Answer::Retry { response: None, reason, .. } = &answer else { panic!("{answer:?}") };
+    assert!(reason.contains("another's"), "{reason}");
+    assert_eq!((proxy.count("GET", "/all"), system.breaker()), (1, BreakerState::Closed));
+    may.store(true, std::sync::atomic::Ordering::Relaxed);
+    assert!(matches!(system.send_if(&request, &ready).await, Answer::Applied(_)));
+}
+
+#[tokio::test]
 async fn what_may_have_been_applied_is_uncertain_and_what_was_never_sent_is_not() {
     let (api, proxy, system) = behind_proxy("timeouts: { request: 400ms }\nbreaker: { failures: 100 }").await;
     let mut create = HttpRequest::new(Method::POST, "/login");

@@ -73,6 +73,17 @@ pub(super) struct Attempt {
     pub(super) started: Option<Instant>,
 }
 
+impl Attempt {
+    /// The request in doubt was applied: what comes next has its own tries.
+    pub fn is_settled(&mut self) {
+        self.doubtful = None;
+        self.given_up = false;
+        self.tries = 0;
+        self.unanswered = 0;
+        self.sent = true;
+    }
+}
+
 pub(super) fn db(error: tokio_postgres::Error) -> Fault {
     crate::datastore::DatastoreError::from(error).into()
 }

@@ -172,7 +172,10 @@ impl Delivery {
                     self.close_intent(key, &intent.id).await?;
                     Ok(Next::Again(Duration::ZERO))
                 }
-                Found::One { id, kept } => self.adopt(key, &intent, id, kept).await,
+                Found::One { id, kept } => {
+                    attempt.is_settled();
+                    self.adopt(key, &intent, id, kept).await
+                }
                 Found::Several(ids) => {
                     self.close_intent(key, &intent.id).await?;
                     Ok(Next::rejected(several(&ids)))
@@ -247,7 +250,10 @@ impl Delivery {
             }
             Ok(false) if idempotent => Ok(same_again(intent, attempt)),
             Ok(false) => self.forget(key, intent).await,
-            Ok(true) => self.step_is_done(key, intent).await,
+            Ok(true) => {
+                attempt.is_settled();
+                self.step_is_done(key, intent).await
+            }
             Err(error) => {
                 let rejection = Rejection::because(format!("`done`: {error}"));
                 Ok(Next::rejected(rejection.of(&request).answered(self.settings.system.shown(&response))))
