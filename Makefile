@@ -3,7 +3,7 @@ PATH := $(PATH):$(HOME)/.cargo/bin
 LOG ?= embedded
 export LOG KEEP
 
-.PHONY: build test demo bench fmt lint install help
+.PHONY: build test demo bench fuzz fmt lint install help
 
 help: ## Show this
 	@sed -n 's/^\([a-z]*\):.*## /  make \1  \t/p' $(MAKEFILE_LIST)
@@ -28,6 +28,12 @@ demo: ## A shop, an ERP and a CRM kept in step: LOG=kafka for a Kafka broker, KE
 
 bench: build ## Measure capture beside pg_recvlogical
 	@scripts/bench.sh
+
+SECONDS ?= 300
+fuzz: ## Feed random bytes to every decoder of outside bytes, SECONDS each (needs cargo-fuzz)
+	@command -v cargo-fuzz >/dev/null || cargo install cargo-fuzz --locked
+	for target in pgoutput avro_decode; do \
+		ASAN_OPTIONS=detect_odr_violation=0 RUSTC_BOOTSTRAP=1 cargo fuzz run $$target -- -max_total_time=$(SECONDS) || exit 1; done
 
 fmt: ## Format the code
 	cargo fmt

@@ -32,12 +32,13 @@ impl Context {
     }
 }
 
-/// `source.snapshot` of a row by its place; the last place wins over the first.
+/// `source.snapshot` of a row by its place. Of several the first here wins, as Debezium has it: the snapshot's last, its
+/// first, a table's last, a table's first.
 pub(super) fn snapshot_marker(very_first: bool, first: bool, last: bool, very_last: bool) -> SnapshotMarker {
-    match (very_last, last, very_first, first) {
+    match (very_last, very_first, last, first) {
         (true, ..) => SnapshotMarker::Last,
-        (_, true, ..) => SnapshotMarker::LastInDataCollection,
-        (_, _, true, _) => SnapshotMarker::First,
+        (_, true, ..) => SnapshotMarker::First,
+        (_, _, true, _) => SnapshotMarker::LastInDataCollection,
         (.., true) => SnapshotMarker::FirstInDataCollection,
         _ => SnapshotMarker::True,
     }
