@@ -101,6 +101,11 @@ impl RecordBatch {
         self.bytes.len() + self.entries.len() * size_of::<Entry>()
     }
 
+    /// Bytes that the buffers hold, or could without growing.
+    pub fn capacity(&self) -> usize {
+        self.bytes.capacity() + self.entries.capacity() * size_of::<Entry>()
+    }
+
     /// True when no record may be added any more (ranges are 32 bits wide).
     pub fn is_full(&self) -> bool {
         self.bytes.len() >= 1 << 30

@@ -10,7 +10,7 @@ mod position;
 mod table;
 
 pub use batch::{HeaderSet, RecordBatch, RecordBuilder, RecordRef, TopicSlot};
-pub use captured::{CapturedBatch, StoredPosition};
+pub use captured::{CapturedBatch, Spares, StoredPosition};
 pub use change::{Change, Operation, Origin};
 pub use position::{CapturePosition, Lsn, LsnParseError, Offset, Oid, SnapshotProgress, TopicPartition};
 pub use table::{Cell, Column, ColumnType, ReplicaIdentity, SharedTable, Table, TypeKind};

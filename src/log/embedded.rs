@@ -352,7 +352,7 @@ impl Log for EmbeddedLog {
         let topic = self.topic(topic)?;
         let news = match &self.writing {
             Some(_) => News::Watched(self.shared.news.subscribe()),
-            None => News::Asked { conn: self.pool.connect()?, seen: None },
+            None => News::Asked { conn: self.pool.connect()?, seen: None, news_at: tokio::time::Instant::now() },
         };
         let cursors = self
             .pool

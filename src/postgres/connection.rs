@@ -17,6 +17,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use super::frames::Reader;
+use super::socket::Socket;
 use super::{PostgresError, Session};
 
 /// Where a server is, as whom, and how it is trusted. `Debug` shows no secret.
@@ -85,12 +86,13 @@ impl Address {
     async fn open(&self) -> Result<Stream, PostgresError> {
         if self.host.starts_with('/') {
             let path = format!("{}/.s.PGSQL.{}", self.host.trim_end_matches('/'), self.port);
-            return Ok(Stream::Unix(UnixStream::connect(path).await.map_err(|error| self.broken(&error))?));
+            let unix = UnixStream::connect(path).await.map_err(|error| self.broken(&error))?;
+            return Ok(Stream::Plain(Socket::Unix(unix)));
         }
         let tcp = TcpStream::connect((self.host.as_str(), self.port)).await.map_err(|error| self.broken(&error))?;
         tcp.set_nodelay(true).map_err(|error| self.broken(&error))?;
         let (config, required) = match &self.tls {
-            Tls::Disable => return Ok(Stream::Tcp(tcp)),
+            Tls::Disable => return Ok(Stream::Plain(Socket::Tcp(tcp))),
             Tls::Prefer(config) => (config, false),
             Tls::Require(config) => (config, true),
         };
@@ -111,13 +113,13 @@ impl Address {
         match answer {
             b'S' => {}
             b'N' if required => return Err(tls("the server does not offer it, and sslmode asks for it".into())),
-            b'N' => return Ok(Stream::Tcp(tcp)),
+            b'N' => return Ok(Stream::Plain(Socket::Tcp(tcp))),
             other => {
                 return Err(PostgresError::Protocol(format!("'{}' in answer to SSLRequest", other.escape_ascii())));
             }
         }
         let name = ServerName::try_from(self.host.clone()).map_err(|error| tls(error.to_string()))?;
-        let stream = TlsConnector::from(config.clone()).connect(name, tcp).await.map_err(|error| {
+        let stream = TlsConnector::from(config.clone()).connect(name, Socket::Tcp(tcp)).await.map_err(|error| {
             if error.kind() == io::ErrorKind::InvalidData { tls(error.to_string()) } else { self.broken(&error) }
         })?;
         Ok(Stream::Tls(Box::new(stream)))
@@ -206,22 +208,28 @@ impl Address {
 
 /// The bytes below the protocol.
 pub(super) enum Stream {
-    Tcp(TcpStream),
-    Unix(UnixStream),
-    Tls(Box<TlsStream<TcpStream>>),
+    Plain(Socket),
+    Tls(Box<TlsStream<Socket>>),
 }
 
 impl Stream {
     pub(super) fn is_encrypted(&self) -> bool {
         matches!(self, Stream::Tls(_))
     }
+
+    /// See [`Socket::rest`].
+    pub(super) fn rest(&mut self) -> io::Result<()> {
+        match self {
+            Stream::Plain(socket) => socket.rest(),
+            Stream::Tls(stream) => stream.get_mut().0.rest(),
+        }
+    }
 }
 
 impl AsyncRead for Stream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            Stream::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
-            Stream::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
+            Stream::Plain(socket) => Pin::new(socket).poll_read(cx, buf),
             Stream::Tls(stream) => Pin::new(stream.as_mut()).poll_read(cx, buf),
         }
     }
@@ -230,24 +238,21 @@ impl AsyncRead for Stream {
 impl AsyncWrite for Stream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         match self.get_mut() {
-            Stream::Tcp(stream) => Pin::new(stream).poll_write(cx, bytes),
-            Stream::Unix(stream) => Pin::new(stream).poll_write(cx, bytes),
+            Stream::Plain(socket) => Pin::new(socket).poll_write(cx, bytes),
             Stream::Tls(stream) => Pin::new(stream.as_mut()).poll_write(cx, bytes),
         }
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            Stream::Tcp(stream) => Pin::new(stream).poll_flush(cx),
-            Stream::Unix(stream) => Pin::new(stream).poll_flush(cx),
+            Stream::Plain(socket) => Pin::new(socket).poll_flush(cx),
             Stream::Tls(stream) => Pin::new(stream.as_mut()).poll_flush(cx),
         }
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            Stream::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
-            Stream::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
+            Stream::Plain(socket) => Pin::new(socket).poll_shutdown(cx),
             Stream::Tls(stream) => Pin::new(stream.as_mut()).poll_shutdown(cx),
         }
     }

@@ -15,6 +15,7 @@ pub mod replication;
 mod session;
 pub mod slot;
 pub mod snapshot;
+mod socket;
 pub mod table_filter;
 
 pub use connection::{Address, Purpose, Tls};

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
+use futures::FutureExt as _;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -29,8 +30,15 @@ const STATUS: Duration = Duration::from_millis(100);
 const HEARTBEAT: Duration = Duration::from_secs(5);
 /// Silence after which the server counts as gone.
 const SILENCE: Duration = Duration::from_secs(60);
-/// Reads that follow each other faster than this are put together.
-const QUICK: Duration = Duration::from_micros(500);
+/// A walsender writes row by row: at more than this many bytes a second, reads wait for each other, or there would be a
+/// system call, a wake-up and a batch for each few rows. Below, every read is handed on at once.
+const BUSY_RATE: f64 = 2e6;
+/// What the rate is taken over.
+const BUSY_WINDOW: Duration = Duration::from_millis(5);
+/// While busy, how long bytes gather between two reads.
+const GATHER: Duration = Duration::from_millis(2);
+/// Bytes put together at the most.
+const GATHER_BYTES: usize = 128 << 10;
 
 /// What `IDENTIFY_SYSTEM` says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -196,7 +204,9 @@ pub fn spawn_stream(
             told: Lsn::ZERO,
             told_at: Instant::now(),
             heard_at: Instant::now(),
-            quick: 0,
+            window: (Instant::now(), 0),
+            busy: false,
+            more: false,
         };
         let result = tokio::select! {
             result = stream.run(&sender) => result,
@@ -225,8 +235,11 @@ struct Stream {
     told: Lsn,
     told_at: Instant,
     heard_at: Instant,
-    /// Reads in a row that came quickly.
-    quick: u32,
+    /// When bytes were last counted, and how many came since.
+    window: (Instant, usize),
+    busy: bool,
+    /// The last read stopped before all was read that is there.
+    more: bool,
 }
 
 /// What a look at the received bytes found.
@@ -243,7 +256,6 @@ impl Stream {
     async fn run(&mut self, queue: &mpsc::Sender<Result<Chunk, PostgresError>>) -> Result<(), PostgresError> {
         let mut timer = interval(STATUS);
         timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut last = Instant::now();
         loop {
             tokio::select! {
                 biased;
@@ -251,18 +263,9 @@ impl Stream {
                     self.on_timer().await?;
                     continue;
                 }
-                read = self.session.read_more() => read?,
-            };
-            self.heard_at = Instant::now();
-            // A walsender writes row by row: without a pause, there would be a system call for each.
-            self.quick = if last.elapsed() < QUICK { self.quick + 1 } else { 0 };
-            if self.quick > 8 {
-                sleep(Duration::from_millis(1)).await;
-                // Only what is there already: what was received is handed on in any case.
-                if let Ok(read) = timeout(Duration::ZERO, self.session.read_more()).await {
-                    read?;
-                }
+                read = self.session.read_more() => self.gather(read?)?,
             }
+            self.heard_at = Instant::now();
             let scan = self.scan()?;
             if scan.end > 0 {
                 let bytes = self.session.received().split_to(scan.end).freeze();
@@ -291,8 +294,33 @@ impl Stream {
                     }
                 }
             }
-            last = Instant::now();
+            if self.busy && !self.more {
+                self.session.rest()?;
+                sleep(GATHER).await;
+            }
         }
+    }
+
+    /// Takes what else is there behind a read of `read` bytes, and looks whether there is much to do.
+    fn gather(&mut self, mut read: usize) -> Result<(), PostgresError> {
+        self.more = false;
+        if self.busy {
+            self.session.received().reserve(GATHER_BYTES * 2);
+            while let Some(more) = self.session.read_more().now_or_never() {
+                read += more?;
+                if read >= GATHER_BYTES {
+                    self.more = true;
+                    break;
+                }
+            }
+        }
+        self.window.1 += read;
+        let elapsed = self.window.0.elapsed();
+        if elapsed >= BUSY_WINDOW {
+            self.busy = self.window.1 as f64 > BUSY_RATE * elapsed.as_secs_f64();
+            self.window = (Instant::now(), 0);
+        }
+        Ok(())
     }
 
     fn scan(&mut self) -> Result<Scan, PostgresError> {

@@ -68,6 +68,11 @@ impl Session {
         }
     }
 
+    /// Lets bytes gather: until the next read or write their arrival wakes nobody.
+    pub(super) fn rest(&mut self) -> Result<(), PostgresError> {
+        self.stream.rest().map_err(|error| self.broken(error.to_string()))
+    }
+
     pub(super) fn received(&mut self) -> &mut BytesMut {
         &mut self.received
     }

@@ -67,10 +67,11 @@ impl Destination for LogDestination {
     async fn write(&mut self, batch: CapturedBatch) -> Result<Written, Fault> {
         let writer = self.writer.as_mut().ok_or_else(|| Fault::retry("the log's writer is not open"))?;
         let position = batch.position.as_ref().map(encode).transpose()?;
-        let own = batch.own;
+        let (own, spares) = (batch.own, batch.spares);
         let ticket = writer.append(batch.records, position).await?;
         Ok(Box::pin(async move {
             let appended = ticket.await?;
+            spares.put(appended.buffer);
             Ok(Counts {
                 applied: appended.records.saturating_sub(own) as u64,
                 bytes: appended.bytes as u64,

@@ -22,8 +22,11 @@ use super::groups::MemberId;
 use crate::event::{Offset, TopicPartition};
 use crate::log::{ConsumedRecord, LogConsumer, LogError, LogReader, PollLimit, Polled, StartAt};
 
-/// How often a reader in another process than the writer asks for news (2 us each).
-const OTHER_PROCESS_POLL: Duration = Duration::from_millis(5);
+/// How often a reader in another process than the writer asks for news (2 us each): while there are some …
+const BUSY_POLL: Duration = Duration::from_millis(1);
+/// … and when there have been none for [`BUSY_FOR`].
+const IDLE_POLL: Duration = Duration::from_millis(5);
+const BUSY_FOR: Duration = Duration::from_secs(1);
 
 /// Where one partition is being read.
 pub(super) struct Cursor {
@@ -393,7 +396,7 @@ pub(super) enum News {
     /// The writer is in this process.
     Watched(watch::Receiver<u64>),
     /// The writer is another process, or none: what `PRAGMA data_version` of this connection gave last.
-    Asked { conn: Connection, seen: Option<i64> },
+    Asked { conn: Connection, seen: Option<i64>, news_at: Instant },
 }
 
 pub(super) struct Reader {
@@ -412,11 +415,12 @@ impl Reader {
     async fn look(&mut self) -> Result<(), LogError> {
         match &mut self.news {
             News::Watched(news) => drop(news.borrow_and_update()),
-            News::Asked { conn, seen } => {
+            News::Asked { conn, seen, news_at } => {
                 let version = data_version(conn)?;
                 if *seen != Some(version) {
                     self.shared.catalog.refresh(conn)?;
                     *seen = Some(version);
+                    *news_at = Instant::now();
                 }
             }
         }
@@ -426,9 +430,10 @@ impl Reader {
     async fn wait(&mut self, deadline: Instant) -> bool {
         match &mut self.news {
             News::Watched(news) => tokio::time::timeout_at(deadline, news.changed()).await.is_ok(),
-            News::Asked { .. } => {
+            News::Asked { news_at, .. } => {
                 let now = Instant::now();
-                tokio::time::sleep_until(deadline.min(now + OTHER_PROCESS_POLL)).await;
+                let pause = if now - *news_at < BUSY_FOR { BUSY_POLL } else { IDLE_POLL };
+                tokio::time::sleep_until(deadline.min(now + pause)).await;
                 now < deadline
             }
         }

@@ -129,8 +129,8 @@ impl KafkaSettings {
         if config.get("compression.type").is_none() {
             default(&mut config, "compression.codec", "lz4");
         }
-        // A batch is already many records; waiting longer only adds latency.
-        default(&mut config, "linger.ms", "1");
+        // A batch is already many records. Waiting adds latency, and librdkafka spins through waits this short.
+        default(&mut config, "linger.ms", "0");
         default(&mut config, "batch.num.messages", "100000");
         // `in_flight_bytes` is the bound; librdkafka's queue is a little larger, so that it is never the one that
         // is reached: records there cost some bytes more than their own.

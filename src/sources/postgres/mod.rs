@@ -54,6 +54,8 @@ pub use settings::{CaptureSettings, OnIncompatible, SnapshotMode};
 
 /// Time without any move after which the replication connection is closed.
 const STALLED: Duration = Duration::from_secs(10);
+/// Silence after which buffers are given up.
+const RESTING: Duration = Duration::from_secs(5);
 
 /// What acknowledging a batch means.
 #[derive(Debug)]
@@ -178,7 +180,8 @@ impl PostgresSource {
             commit_time_us: self.writer.as_ref().and_then(|writer| writer.last_commit_us),
         };
         let bytes = records.byte_size();
-        Batch { body: CapturedBatch { records, own, position: Some(position) }, mark, events, bytes }
+        let spares = self.writer.as_ref().map(|writer| writer.spares.clone()).unwrap_or_default();
+        Batch { body: CapturedBatch { records, own, position: Some(position), spares }, mark, events, bytes }
     }
 
     fn open(&mut self) -> Stage {
@@ -395,6 +398,12 @@ impl Source for PostgresSource {
             && self.durable.as_ref().is_some_and(|position| position.snapshot.is_none());
         self.watch.tick(settled);
         self.tell_lag();
+        if self.moved.elapsed() > RESTING
+            && self.batches_handed == self.batches_durable
+            && let Some(writer) = &mut self.writer
+        {
+            writer.rest();
+        }
         if self.stalled() {
             tracing::warn!(connector = %self.name, paused,
                 "nothing has moved for {} s: closing the replication connection, so that the server is not held up",

@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use crate::avro::{AvroError, EventMeta, SnapshotMarker, TransactionMeta};
 use crate::event::{
-    CapturePosition, Cell, HeaderSet, Lsn, ORIGIN_MESSAGE_PREFIX, Oid, Operation, Origin, RecordBatch, TopicSlot,
+    CapturePosition, Cell, HeaderSet, Lsn, ORIGIN_MESSAGE_PREFIX, Oid, Operation, Origin, RecordBatch, Spares,
+    TopicSlot,
 };
 use crate::pipeline::Fault;
 use crate::postgres::PostgresError;
@@ -72,6 +73,7 @@ pub(super) struct Writer {
     announced: Vec<Arc<Relation>>,
     /// Transactions that end before this are a backlog: the catalog was read when the server was there already.
     pub behind: Option<Lsn>,
+    pub spares: Spares,
 }
 
 impl Writer {
@@ -92,6 +94,7 @@ impl Writer {
             rows: RowReader::default(),
             announced: Vec::new(),
             behind: None,
+            spares: Spares::default(),
         }
     }
 
@@ -113,7 +116,17 @@ impl Writer {
                 output.counters.flush();
             }
         }
-        (std::mem::take(&mut self.batch), std::mem::take(&mut self.events))
+        (std::mem::replace(&mut self.batch, self.spares.take()), std::mem::take(&mut self.events))
+    }
+
+    /// Gives up buffers that are not needed while nothing is written.
+    pub(super) fn rest(&mut self) {
+        if self.batch.is_empty() {
+            self.batch = RecordBatch::new();
+            self.headers = None;
+            self.number += 1;
+            self.spares.shed();
+        }
     }
 
     pub(super) fn in_transaction(&self) -> bool {
