@@ -1,6 +1,7 @@
 //! Where pulls stand, and the records they hold back so that the cursor may pass them.
 
 use deadpool_postgres::GenericClient;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::DatastoreError;
@@ -69,6 +70,8 @@ pub struct Hold<'a> {
     pub reason: &'a str,
     pub push_seq: i64,
     pub cursor: &'a Value,
+    /// The system has shown a newer version before: only a new look tells, and this record is never applied.
+    pub behind: bool,
     /// Tried again after so many seconds.
     pub retry_s: f64,
 }
@@ -78,11 +81,11 @@ pub async fn hold<C: GenericClient>(transaction: &C, connector: &str, hold: &Hol
     let insert = transaction
         .prepare_cached(
             "INSERT INTO tidegate.held AS h (connector, system, object, external_id, record, reason, push_seq, cursor, \
-                 retry_at) \
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, now() + make_interval(secs => $9::float8)) \
+                 behind, retry_at) \
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, now() + make_interval(secs => $10::float8)) \
              ON CONFLICT (connector, object, external_id) DO UPDATE SET record = excluded.record, \
                 reason = excluded.reason, push_seq = excluded.push_seq, cursor = excluded.cursor, \
-                retry_at = excluded.retry_at, attempts = h.attempts + 1",
+                behind = excluded.behind, listed_at = now(), retry_at = excluded.retry_at, attempts = h.attempts + 1",
         )
         .await?;
     let id = external_text(hold.id);
@@ -98,6 +101,7 @@ pub async fn hold<C: GenericClient>(transaction: &C, connector: &str, hold: &Hol
                 &hold.reason,
                 &hold.push_seq,
                 hold.cursor,
+                &hold.behind,
                 &hold.retry_s,
             ],
         )
@@ -105,9 +109,10 @@ pub async fn hold<C: GenericClient>(transaction: &C, connector: &str, hold: &Hol
     Ok(())
 }
 
-/// True where the held record `h` is older than the last push of its link: only a new look at the system tells.
-const STALE: &str = "EXISTS (SELECT FROM tidegate.links l WHERE l.system = h.system AND l.object = h.object \
-     AND l.external_id = h.external_id AND l.pushed_seq > h.push_seq)";
+/// True where the held record `h` is older than the last push of its link, or than a version seen before: only a new
+/// look at the system tells.
+const STALE: &str = "(h.behind OR EXISTS (SELECT FROM tidegate.links l WHERE l.system = h.system AND l.object = h.object \
+     AND l.external_id = h.external_id AND l.pushed_seq > h.push_seq))";
 /// True while something is being sent to the counterpart of the held record `h`: how that ends tells whether the
 /// record has become old, and a look at the system before is too early.
 const IN_FLIGHT: &str = "EXISTS (SELECT FROM tidegate.links l WHERE l.system = h.system AND l.object = h.object \
@@ -144,22 +149,49 @@ pub async fn held<C: GenericClient>(
         .collect())
 }
 
-/// Cursors of the held records that a push has made old: they must be listed again from there.
-pub async fn stale_cursors<C: GenericClient>(client: &C, connector: &str) -> Result<Vec<Value>, DatastoreError> {
-    let select = client
-        .prepare_cached(&format!("SELECT cursor FROM tidegate.held h WHERE connector = $1 AND {STALE} LIMIT 10000"))
-        .await?;
-    let rows = client.query(&select, &[&connector]).await?;
-    Ok(rows.iter().map(|row| row.get::<_, Option<Value>>(0).unwrap_or_default()).collect())
+/// When, by the datastore's clock, and at which push sequence a listing began.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct Listed {
+    pub push_seq: i64,
+    /// Microseconds since 1970.
+    pub at_us: i64,
 }
 
-/// After a complete listing that began at `push_seq`: what a push had made old before, and the listing did not
-/// bring again, is not in the system any more.
+/// What a listing that begins now must know: the push sequence, the datastore's time, and the cursors of held records
+/// that have become old, which must be listed again from there.
+pub async fn listing_begins<C: GenericClient>(
+    client: &C,
+    connector: &str,
+) -> Result<(Listed, Vec<Value>), DatastoreError> {
+    let select = client
+        .prepare_cached(&format!(
+            "SELECT CASE WHEN s.is_called THEN s.last_value ELSE 0 END, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint, \
+                 (SELECT json_agg(cursor) FROM (SELECT cursor FROM tidegate.held h WHERE connector = $1 AND {STALE} LIMIT 10000) c) \
+             FROM tidegate.push_seq s"
+        ))
+        .await?;
+    let row = client.query_one(&select, &[&connector]).await?;
+    let cursors = match row.get::<_, Option<Value>>(2) {
+        Some(Value::Array(cursors)) => cursors,
+        _ => Vec::new(),
+    };
+    Ok((Listed { push_seq: row.get(0), at_us: row.get(1) }, cursors))
+}
+
+/// After a complete listing that began at `listed`: what a push, or a newer version, had made old before, and the
+/// listing did not bring again, is not in the system any more.
 pub async fn drop_unlisted<C: GenericClient>(
     transaction: &C,
     connector: &str,
-    push_seq: i64,
+    listed: Listed,
 ) -> Result<u64, DatastoreError> {
+    let behind = transaction
+        .prepare_cached(
+            "DELETE FROM tidegate.held WHERE connector = $1 AND behind \
+             AND listed_at < to_timestamp(0) + make_interval(secs => $2::float8 / 1000000)",
+        )
+        .await?;
+    let behind = transaction.execute(&behind, &[&connector, &(listed.at_us as f64)]).await?;
     let delete = transaction
         .prepare_cached(
             "DELETE FROM tidegate.held h USING tidegate.links l WHERE h.connector = $1 AND h.push_seq < $2 \
@@ -167,12 +199,49 @@ pub async fn drop_unlisted<C: GenericClient>(
              AND l.intent IS NULL AND l.pushed_seq > h.push_seq AND l.pushed_seq <= $2",
         )
         .await?;
-    Ok(transaction.execute(&delete, &[&connector, &push_seq]).await?)
+    Ok(behind + transaction.execute(&delete, &[&connector, &listed.push_seq]).await?)
 }
 
-/// How many records `connector` holds back.
-pub async fn held_count<C: GenericClient>(client: &C, connector: &str) -> Result<i64, DatastoreError> {
-    Ok(client.query_one("SELECT count(*) FROM tidegate.held WHERE connector = $1", &[&connector]).await?.get(0))
+/// What a pull has put aside: how much of it there is, and whether any of it may be tried now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Aside {
+    pub held: i64,
+    pub held_due: bool,
+    /// Held records have become old: the system is to be asked again.
+    pub stale: bool,
+    pub letters_due: bool,
+}
+
+/// A look at all that `connector` has put aside, in one statement.
+pub async fn put_aside<C: GenericClient>(client: &C, connector: &str) -> Result<Aside, DatastoreError> {
+    let select = client
+        .prepare_cached(&format!(
+            "SELECT (SELECT count(*) FROM tidegate.held WHERE connector = $1), \
+                 EXISTS (SELECT FROM tidegate.held h WHERE connector = $1 AND retry_at <= now() AND NOT {STALE} AND NOT {IN_FLIGHT}), \
+                 EXISTS (SELECT FROM tidegate.held h WHERE connector = $1 AND {STALE}), \
+                 EXISTS (SELECT FROM tidegate.parked WHERE connector = $1 AND (command IS NOT NULL OR kind <> 'rejected'))"
+        ))
+        .await?;
+    let row = client.query_one(&select, &[&connector]).await?;
+    Ok(Aside { held: row.get(0), held_due: row.get(1), stale: row.get(2), letters_due: row.get(3) })
+}
+
+/// Of these external ids, as text, those whose record `connector` holds or has parked; and whether it holds any record.
+pub async fn ids_aside<C: GenericClient>(
+    client: &C,
+    connector: &str,
+    object: &str,
+    ids: &[String],
+) -> Result<(Vec<String>, bool), DatastoreError> {
+    let select = client
+        .prepare_cached(
+            "SELECT ARRAY(SELECT external_id FROM tidegate.held WHERE connector = $1 AND object = $2 AND external_id = ANY($3) \
+                 UNION ALL SELECT key ->> 'id' FROM tidegate.parked WHERE connector = $1 AND key ->> 'id' = ANY($3)), \
+                 EXISTS (SELECT FROM tidegate.held WHERE connector = $1)",
+        )
+        .await?;
+    let row = client.query_one(&select, &[&connector, &object, &ids]).await?;
+    Ok((row.get(0), row.get(1)))
 }
 
 /// The record is applied, or superseded.

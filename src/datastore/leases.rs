@@ -34,6 +34,34 @@ pub async fn acquire_lease<C: GenericClient>(
     Ok(row.map(|row| Lease { name: name.to_owned(), owner: owner.to_owned(), generation: row.get(0) }))
 }
 
+/// Takes the lease, whoever has it.
+pub async fn seize_lease<C: GenericClient>(
+    client: &C,
+    name: &str,
+    owner: &str,
+    time: Duration,
+) -> Result<Lease, DatastoreError> {
+    let row = client
+        .query_one(
+            "INSERT INTO tidegate.leases AS l (name, owner, expires_at) \
+             VALUES ($1, $2, now() + make_interval(secs => $3::float8)) \
+             ON CONFLICT (name) DO UPDATE SET owner = excluded.owner, expires_at = excluded.expires_at, \
+                generation = l.generation + 1 RETURNING generation",
+            &[&name, &owner, &time.as_secs_f64()],
+        )
+        .await?;
+    Ok(Lease { name: name.to_owned(), owner: owner.to_owned(), generation: row.get(0) })
+}
+
+/// True while the lease is its owner's; nobody else can take it before the transaction ends.
+pub async fn holds_lease<C: GenericClient>(transaction: &C, lease: &Lease) -> Result<bool, DatastoreError> {
+    let select = transaction
+        .prepare_cached("SELECT FROM tidegate.leases WHERE name = $1 AND owner = $2 AND generation = $3 FOR SHARE")
+        .await?;
+    let found = transaction.query_opt(&select, &[&lease.name, &lease.owner, &lease.generation]).await?;
+    Ok(found.is_some())
+}
+
 /// Prolongs all of the owner's leases; returns the names of those it still has.
 pub async fn renew_leases<C: GenericClient>(
     client: &C,

@@ -32,7 +32,10 @@ pub struct Link {
     pub base_doc: Option<Value>,
     /// The record last seen from the system.
     pub base_remote: Option<Value>,
-    pub remote_version: Option<String>,
+    /// The record's version as last seen or answered, as JSON.
+    pub remote_version: Option<Value>,
+    /// What was sent since the record was last seen, as `twoway::Sent` has it.
+    pub sent: Option<Value>,
     /// Facts kept for mappings; an object.
     pub kept: Map<String, Value>,
     pub intent: Option<Intent>,
@@ -62,6 +65,7 @@ impl Link {
             base_doc: None,
             base_remote: None,
             remote_version: None,
+            sent: None,
             kept: Map::new(),
             intent: None,
             owed: Vec::new(),
@@ -175,6 +179,9 @@ pub struct Intent {
     /// Links that are not there, and that it is sent without.
     #[serde(default)]
     pub owed: Vec<(String, Value)>,
+    /// Columns that the request tells of, each with the value agreed on before.
+    #[serde(default)]
+    pub sent: Map<String, Value>,
 }
 
 /// Of an intent that does not say.
@@ -194,7 +201,7 @@ impl Intent {
 }
 
 pub(super) const COLUMNS: &str = "system, object, local_key, table_name, external_json, base_doc, base_remote, remote_version, \
-     kept, intent, step, pushed_seq, flips, generation, deleted, extract(epoch FROM now() - updated_at)::float8, owed";
+     kept, intent, step, pushed_seq, flips, generation, deleted, extract(epoch FROM now() - updated_at)::float8, owed, sent";
 
 pub(super) fn read(row: &Row) -> Result<Link, DatastoreError> {
     let intent: Option<Value> = row.get(9);
@@ -213,7 +220,8 @@ pub(super) fn read(row: &Row) -> Result<Link, DatastoreError> {
         external: row.get(4),
         base_doc: row.get(5),
         base_remote: row.get(6),
-        remote_version: row.get(7),
+        remote_version: row.get::<_, Option<String>>(7).map(|text| serde_json::from_str(&text).unwrap_or(text.into())),
+        sent: row.get(17),
         kept: match kept {
             Some(Value::Object(kept)) => kept,
             _ => Map::new(),
@@ -291,14 +299,15 @@ pub async fn save_link<C: GenericClient>(transaction: &C, link: &Link) -> Result
     let save = transaction
         .prepare_cached(
             "INSERT INTO tidegate.links AS l (system, object, local_key, table_name, external_id, external_json, \
-                 base_doc, base_remote, remote_version, kept, intent, step, pushed_seq, flips, deleted, owed) \
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16) \
+                 base_doc, base_remote, remote_version, kept, intent, step, pushed_seq, flips, deleted, owed, sent) \
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17) \
              ON CONFLICT (system, object, local_key) DO UPDATE SET table_name = excluded.table_name, \
                  external_id = excluded.external_id, external_json = excluded.external_json, \
                  base_doc = excluded.base_doc, base_remote = excluded.base_remote, \
                  remote_version = excluded.remote_version, kept = excluded.kept, intent = excluded.intent, \
                  step = excluded.step, pushed_seq = excluded.pushed_seq, flips = excluded.flips, \
-                 deleted = excluded.deleted, owed = excluded.owed, generation = l.generation + 1, updated_at = now()",
+                 deleted = excluded.deleted, owed = excluded.owed, sent = excluded.sent, generation = l.generation + 1, \
+                 updated_at = now()",
         )
         .await?;
     let intent = match &link.intent {
@@ -319,7 +328,7 @@ pub async fn save_link<C: GenericClient>(transaction: &C, link: &Link) -> Result
                 &link.external,
                 &link.base_doc,
                 &link.base_remote,
-                &link.remote_version,
+                &link.remote_version.as_ref().map(Value::to_string),
                 &Value::Object(link.kept.clone()),
                 &intent,
                 &link.step,
@@ -327,6 +336,7 @@ pub async fn save_link<C: GenericClient>(transaction: &C, link: &Link) -> Result
                 &link.flips,
                 &link.deleted,
                 &(!link.owed.is_empty()).then(|| serde_json::json!(link.owed)),
+                &link.sent,
             ],
         )
         .await
@@ -357,6 +367,13 @@ pub async fn rekey_link<C: GenericClient>(
         )
         .await?;
     Ok(transaction.execute(&update, &[&key.system, &key.object, &key.key, new_key]).await? > 0)
+}
+
+/// Forgets the versions that records of this object were seen with: after the system was set back, they count anew.
+pub async fn forget_versions<C: GenericClient>(client: &C, system: &str, object: &str) -> Result<u64, DatastoreError> {
+    let forget = "UPDATE tidegate.links SET remote_version = NULL, generation = generation + 1 \
+        WHERE system = $1 AND object = $2 AND remote_version IS NOT NULL";
+    Ok(client.execute(forget, &[&system, &object]).await?)
 }
 
 /// The sequence as it stands, to be noted before a pull fetches: links with a later `pushed_seq`, or an open

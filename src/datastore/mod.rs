@@ -22,15 +22,16 @@ use std::time::Duration;
 use deadpool_postgres::{Hook, HookError, Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
 
 pub use cursors::{
-    Cursor, Held, Hold, drop_held, drop_unlisted, held, held_count, hold, load_cursor, save_cursor, stale_cursors,
+    Aside, Cursor, Held, Hold, Listed, drop_held, drop_unlisted, held, hold, ids_aside, listing_begins, load_cursor,
+    put_aside, save_cursor,
 };
 pub use deadpool_postgres::{Client, GenericClient, Transaction};
 pub use error::{DatastoreError, DatastoreErrorKind};
 pub use history::restored_at;
-pub use leases::{Lease, acquire_lease, lease_owner_alive, release_leases, renew_leases};
+pub use leases::{Lease, acquire_lease, holds_lease, lease_owner_alive, release_leases, renew_leases, seize_lease};
 pub use links::{
-    Intent, Link, LinkKey, delete_link, find_link, link_by_external, lock_link, next_push_seq, push_seq_now,
-    rekey_link, root_of_line, save_lines, save_link,
+    Intent, Link, LinkKey, delete_link, find_link, forget_versions, link_by_external, lock_link, next_push_seq,
+    push_seq_now, rekey_link, root_of_line, save_lines, save_link,
 };
 pub use migrations::{Missing, setup_sql};
 pub use origin::tag;
@@ -42,7 +43,9 @@ pub use parked::{
     Command, NewParked, Owned, Parked, ParkedKind, ParkedSummary, command_parked, list_parked, owe, park,
     parked_counts, parked_places, parked_queue, parked_ready, show_parked, unpark,
 };
-pub use rows::{Lines, TableName, TableNameError, normalize_row, primary_key, query_document, read_document, read_row};
+pub use rows::{
+    Lines, TableName, TableNameError, normalize_rows, primary_key, query_document, read_document, read_row,
+};
 pub use settings::{DatastoreSettings, SslMode, connect};
 
 /// How long a caller waits for a connection of the pool, a new one included.

@@ -216,22 +216,29 @@ pub async fn query_document<C: GenericClient>(
     Ok(Some(Value::Object(document)))
 }
 
-/// The values as the table would hold and show them (types, scale, form), without any trigger: members that are
-/// not there stay away.
-pub async fn normalize_row<C: GenericClient>(
+/// The rows as the table would hold and show them (types, scale, form), without any trigger: members that are not
+/// there stay away.
+pub async fn normalize_rows<C: GenericClient>(
     client: &C,
     table: &TableName,
-    values: &Value,
-) -> Result<Value, DatastoreError> {
-    let select = format!("SELECT row_to_json(json_populate_record(NULL::{}, $1)), {}", table.quoted(), zoned(table));
-    let select = client.prepare_cached(&select).await.map_err(|error| in_table(error, table))?;
-    let row = client.query_one(&select, &[values]).await.map_err(|error| in_table(error, table))?;
-    let mut normal: Value = row.get(0);
-    utc(&mut normal, &row.get(1));
-    if let (Some(normal), Some(values)) = (normal.as_object_mut(), values.as_object()) {
-        normal.retain(|column, _| values.contains_key(column));
+    rows: &[Value],
+) -> Result<Vec<Value>, DatastoreError> {
+    if rows.is_empty() {
+        return Ok(Vec::new());
     }
-    Ok(normal)
+    let select =
+        format!("SELECT row_to_json(t), {} FROM json_populate_recordset(NULL::{}, $1) t", zoned(table), table.quoted());
+    let select = client.prepare_cached(&select).await.map_err(|error| in_table(error, table))?;
+    let found = client.query(&select, &[&Value::Array(rows.to_vec())]).await.map_err(|error| in_table(error, table))?;
+    let normal = rows.iter().zip(&found).map(|(values, row)| {
+        let mut normal: Value = row.get(0);
+        utc(&mut normal, &row.get(1));
+        if let (Some(normal), Some(values)) = (normal.as_object_mut(), values.as_object()) {
+            normal.retain(|column, _| values.contains_key(column));
+        }
+        normal
+    });
+    Ok(normal.collect())
 }
 
 /// Columns of the primary key, in the index's order; empty without one.

@@ -11,6 +11,7 @@
 mod mapped;
 mod outcome;
 mod settings;
+mod tenure;
 mod writing;
 
 use std::sync::Arc;
@@ -27,8 +28,10 @@ use crate::event::Origin;
 use crate::pipeline::{Counts, Destination, Fault, Status, Written};
 use crate::sources::http::Page;
 
+use mapped::MappedPage;
 use outcome::{Decided, Done};
 pub use settings::TableSettings;
+pub use tenure::{Hold, Tenure};
 
 /// Tries of one page when another transaction gets in its way.
 const TRIES: u32 = 6;
@@ -43,6 +46,8 @@ struct Inside {
     settings: Arc<TableSettings>,
     datastore: Datastore,
     status: Arc<Status>,
+    /// The right to write; `None` to look only.
+    hold: Option<Hold>,
     table: tokio::sync::Mutex<Option<Arc<Table>>>,
 }
 
@@ -87,6 +92,7 @@ impl DatastoreSink {
         settings: Arc<TableSettings>,
         datastore: Datastore,
         status: Arc<Status>,
+        hold: Option<Hold>,
     ) -> Self {
         DatastoreSink(Arc::new(Inside {
             connector: connector.to_owned(),
@@ -95,6 +101,7 @@ impl DatastoreSink {
             settings,
             datastore,
             status,
+            hold,
             table: tokio::sync::Mutex::new(None),
         }))
     }
@@ -104,7 +111,7 @@ impl DatastoreSink {
         let inside = &self.0;
         let table = inside.table().await?;
         let mut client = inside.datastore.client().await?;
-        let mapped = inside.map(&client, page, &table).await?;
+        let mapped = inside.map(&client, page, &table).await?.mapped;
         let transaction = client.build_transaction().read_only(true).start().await.map_err(DatastoreError::from)?;
         match inside.decide(&transaction, &table, mapped, Access::Look).await {
             Ok(decided) => Ok(decided.iter().map(Decided::to_json).collect()),
@@ -205,7 +212,21 @@ impl Inside {
     /// `last`: a unique key that is taken is the record's fault by now.
     async fn try_apply(&self, page: &Page, table: &Table, last: bool) -> Result<Counts, Stopped> {
         let mut client = self.datastore.client().await?;
-        let mapped = self.map(&client, page, table).await.map_err(Stopped::Fault)?;
+        let MappedPage { mut mapped, unchanged, any_held } =
+            self.map(&client, page, table).await.map_err(Stopped::Fault)?;
+        let mut counts = Counts { skipped: unchanged, bytes: page.bytes as u64, ..Counts::default() };
+        if !self.settings.link && !any_held && mapped.iter().all(|mapped| mapped.letter.is_none()) {
+            // Rows beside linked ones have no base to be compared with: a look at them, without locks, comes first.
+            let look = client.build_transaction().read_only(true).start().await?;
+            let (same, news): (Vec<_>, Vec<_>) =
+                self.decide(&look, table, mapped, Access::Look).await?.into_iter().partition(Decided::is_nothing);
+            counts.skipped += same.len() as u64;
+            mapped = news.into_iter().map(|decided| decided.mapped).collect();
+        }
+        let nothing_to_save = page.save.as_ref().is_none_or(|save| save.idle && !any_held);
+        if mapped.is_empty() && nothing_to_save {
+            return Ok(counts);
+        }
         let transaction = client.transaction().await?;
         let origin = Origin { system: self.system.clone(), connector: self.connector.clone() };
         tag(&transaction, &origin).await?;
@@ -215,7 +236,9 @@ impl Inside {
             self.settings.lock_timeout.as_millis()
         );
         transaction.batch_execute(&settings).await?;
-        let mut counts = Counts::default();
+        if let Some(hold) = &self.hold {
+            hold.check(&transaction).await.map_err(Stopped::Fault)?;
+        }
         for decided in self.decide(&transaction, table, mapped, Access::Lock).await? {
             match self.write_one(&transaction, table, decided, last).await? {
                 Done::Written => counts.applied += 1,
@@ -225,13 +248,16 @@ impl Inside {
             }
         }
         if let Some(save) = &page.save {
-            if let Some(push_seq) = save.listed_since {
-                drop_unlisted(&transaction, &self.connector, push_seq).await?;
+            if let Some(listed) = save.listed_since
+                && any_held
+            {
+                drop_unlisted(&transaction, &self.connector, listed).await?;
             }
-            save_cursor(&transaction, &self.connector, &save.state, save.seen).await?;
+            if !save.idle {
+                save_cursor(&transaction, &self.connector, &save.state, save.seen).await?;
+            }
         }
         transaction.commit().await?;
-        counts.bytes = page.bytes as u64;
         if counts.rejected > 0 {
             self.status.set_error(format!("{} records were parked; see `tidegate dead-letters list`", counts.rejected));
         }

@@ -25,6 +25,7 @@ mod preview;
 mod rekey;
 mod resolve;
 mod sending;
+mod sent;
 mod settings;
 mod shape;
 mod work;

@@ -23,15 +23,16 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
-use self::incremental::{Incremental, no_later, order};
+use self::incremental::{Incremental, no_later};
 use self::paginator::{Next, Paginator, Position};
 use self::schedule::Schedule;
 use crate::config::{ConfigError, Section, Spanned};
-use crate::datastore::{self, Datastore, load_cursor, push_seq_now, stale_cursors};
+use crate::datastore::{self, Datastore, Listed, listing_begins, load_cursor, push_seq_now};
 use crate::log::ConsumedRecord;
 use crate::mapping::{Compiler, MapError, Program, Scope};
 use crate::pipeline::{Batch, Fault, Lag, Source, Status};
 use crate::systems::{Answer, BreakerState, HttpRequest, HttpResponse, RequestTemplate, System};
+use crate::twoway::order;
 
 /// Pages of one run, at the most: a listing that has more is taken for one that never ends.
 const MAX_PAGES: u64 = 1_000_000;
@@ -117,8 +118,10 @@ pub struct SaveCursor {
     pub state: Value,
     /// Generation of the state that the page began from.
     pub seen: i64,
-    /// At the end of a complete run: the push sequence at its beginning.
-    pub listed_since: Option<i64>,
+    /// At the end of a complete run: when it began.
+    pub listed_since: Option<Listed>,
+    /// The state tells nothing that the stored one does not: it need not be written.
+    pub idle: bool,
 }
 
 /// What is kept in `tidegate.cursors`.
@@ -145,7 +148,8 @@ struct Run {
     began: DateTime<Utc>,
     /// The system's time when it answered first.
     remote_began: Option<DateTime<Utc>>,
-    push_seq: i64,
+    #[serde(default)]
+    listed: Listed,
     next: Position,
     pages: u64,
     records: u64,
@@ -168,10 +172,14 @@ pub struct HttpSource {
     datastore: Datastore,
     status: Arc<Status>,
     state: Option<PullState>,
+    /// As the datastore has it, or will when what is under way has landed.
+    stored: Option<PullState>,
     generation: i64,
     /// The loop drops `next` to tick; a request goes on in its own task, which ends with the source.
     fetching: Option<JoinHandle<Result<Fetched, Fault>>>,
     looked_at: Option<tokio::time::Instant>,
+    /// At the last look, a delivery had overtaken what is held.
+    stale: bool,
     /// This process has not begun a run yet.
     fresh: bool,
     /// When the last run of this process ended.
@@ -188,9 +196,11 @@ impl HttpSource {
             datastore,
             status,
             state: None,
+            stored: None,
             generation: 0,
             fetching: None,
             looked_at: None,
+            stale: false,
             fresh: true,
             ended: None,
             runs: 0,
@@ -202,8 +212,7 @@ impl HttpSource {
         self.load().await?;
         let state = self.state.clone().unwrap_or_default();
         let run = self.begin(&state).await?;
-        let fetched =
-            fetch(Arc::clone(&self.settings), self.datastore.clone(), run.since.clone(), Position::Start).await?;
+        let fetched = fetch(Arc::clone(&self.settings), self.datastore.clone(), &run).await?;
         let Some(response) = &fetched.response else {
             return Ok(Page { records: Vec::new(), save: None, bytes: 0 });
         };
@@ -223,6 +232,7 @@ impl HttpSource {
                 ))
             })?,
         };
+        self.stored = (stored.generation > 0).then(|| state.clone());
         if let Some(run) = &state.run
             && (Utc::now() - run.began).to_std().is_ok_and(|age| age > RESUME_WITHIN)
         {
@@ -236,13 +246,13 @@ impl HttpSource {
 
     async fn begin(&self, state: &PullState) -> Result<Run, Fault> {
         let client = self.datastore.client().await?;
-        let push_seq = push_seq_now(&client).await?;
+        let (listed, stale) = listing_begins(&client, &self.connector).await?;
         let (mut since, mut high) = (Value::Null, Value::Null);
         if let Some(incremental) = &self.settings.incremental {
             high = if state.cursor.is_null() { incremental.initial.clone() } else { state.cursor.clone() };
             since = if state.cursor.is_null() { high.clone() } else { incremental.back(&high).map_err(Fault::stop)? };
             // What a delivery has overtaken is listed again from where it was.
-            for stale in stale_cursors(&client, &self.connector).await? {
+            for stale in stale {
                 if !stale.is_null() && order(&stale, &since).is_lt() {
                     since = stale;
                 }
@@ -254,7 +264,7 @@ impl HttpSource {
             tie: Value::Null,
             began: Utc::now(),
             remote_began: None,
-            push_seq,
+            listed,
             next: Position::Start,
             pages: 0,
             records: 0,
@@ -378,16 +388,23 @@ impl HttpSource {
                     }
                 }
                 state.last_run = Some(run.began);
-                listed_since = Some(run.push_seq);
+                listed_since = Some(run.listed);
                 self.ended = Some(tokio::time::Instant::now());
                 self.runs += 1;
                 tracing::debug!(connector = %self.connector, pages = run.pages, records = run.records, "a run has ended");
                 metrics::counter!("tidegate_pull_runs_total", "connector" => self.connector.to_string()).increment(1);
             }
         }
+        // A run that moved nothing need not be remembered, where the next one does not go by when it was.
+        let idle = state.run.is_none()
+            && matches!(self.settings.schedule, Schedule::Every(_))
+            && self.stored.as_ref().is_some_and(|stored| stored.run.is_none() && stored.cursor == state.cursor);
         let stored = serde_json::to_value(&state).map_err(|error| Fault::stop(error.to_string()))?;
-        let save = SaveCursor { state: stored, seen: self.generation, listed_since };
-        self.generation += 1;
+        let save = SaveCursor { state: stored, seen: self.generation, listed_since, idle };
+        if !idle {
+            self.generation += 1;
+            self.stored = Some(state.clone());
+        }
         self.state = Some(state);
         metrics::counter!("tidegate_pull_pages_total", "connector" => self.connector.to_string()).increment(1);
         let bytes = records.iter().map(|record| size(&record.record)).sum();
@@ -401,8 +418,12 @@ impl HttpSource {
             return Ok(None);
         }
         let client = self.datastore.client().await?;
-        let mut records: Vec<PageRecord> = datastore::held(&client, &self.connector, true, HELD_BATCH)
-            .await?
+        let aside = datastore::put_aside(&client, &self.connector).await?;
+        let due = match aside.held_due {
+            true => datastore::held(&client, &self.connector, true, HELD_BATCH).await?,
+            false => Vec::new(),
+        };
+        let mut records: Vec<PageRecord> = due
             .into_iter()
             .map(|held| PageRecord {
                 record: held.record,
@@ -412,7 +433,11 @@ impl HttpSource {
                 letter: None,
             })
             .collect();
-        for parked in datastore::parked_ready(&client, &self.connector, &datastore::Owned::all(), HELD_BATCH).await? {
+        let letters = match aside.letters_due {
+            true => datastore::parked_ready(&client, &self.connector, &datastore::Owned::all(), HELD_BATCH).await?,
+            false => Vec::new(),
+        };
+        for parked in letters {
             let key = parked.summary.key.clone();
             let record = parked.record.value.as_deref().and_then(|value| serde_json::from_slice::<Value>(value).ok());
             match (parked.summary.command, record) {
@@ -431,8 +456,12 @@ impl HttpSource {
                 _ => datastore::unpark(&client, &self.connector, &key, &parked.record).await?,
             }
         }
-        self.status.set_fact("held", datastore::held_count(&client, &self.connector).await?);
-        let creating = datastore::open_create(&client, self.settings.system.name(), &self.settings.object).await?;
+        self.stale = aside.stale;
+        self.status.set_fact("held", aside.held);
+        let creating = match aside.held {
+            0 => None,
+            _ => datastore::open_create(&client, self.settings.system.name(), &self.settings.object).await?,
+        };
         let held_by = creating.map(|key| format!("held by an open create of row {key}"));
         self.status.set_fact("held_by", json!(held_by));
         self.looked_at = Some(tokio::time::Instant::now());
@@ -445,19 +474,14 @@ impl HttpSource {
     }
 
     /// When the next run is due, and whether that is now.
-    async fn is_due(&self, state: &PullState) -> Result<bool, Fault> {
+    fn is_due(&self, state: &PullState) -> bool {
         if self.fresh && matches!(self.settings.schedule, Schedule::Every(_)) {
-            return Ok(true);
+            return true;
         }
         if self.settings.schedule.due(state.last_run).is_some_and(|due| due <= Utc::now()) {
-            return Ok(true);
+            return true;
         }
-        let rested = self.ended.is_none_or(|ended| ended.elapsed() >= RELIST);
-        if !rested {
-            return Ok(false);
-        }
-        let client = self.datastore.client().await?;
-        Ok(!stale_cursors(&client, &self.connector).await?.is_empty())
+        self.stale && self.ended.is_none_or(|ended| ended.elapsed() >= RELIST)
     }
 
     fn show(&self) {
@@ -515,12 +539,12 @@ impl Source for HttpSource {
             if let Some(run) = &state.run {
                 self.wait_breaker().await?;
                 let (settings, datastore) = (Arc::clone(&self.settings), self.datastore.clone());
-                let task = fetch(settings, datastore, run.since.clone(), run.next.clone());
-                self.fetching = Some(tokio::spawn(task));
+                let run = run.clone();
+                self.fetching = Some(tokio::spawn(async move { fetch(settings, datastore, &run).await }));
                 self.fresh = false;
                 continue;
             }
-            if self.is_due(&state).await? {
+            if self.is_due(&state) {
                 let run = self.begin(&state).await?;
                 self.state = Some(PullState { run: Some(run), ..state });
                 continue;
@@ -583,23 +607,22 @@ impl Drop for HttpSource {
     }
 }
 
-async fn fetch(
-    settings: Arc<PullSettings>,
-    datastore: Datastore,
-    since: Value,
-    position: Position,
-) -> Result<Fetched, Fault> {
-    let client = datastore.client().await?;
-    let push_seq = push_seq_now(&client).await?;
-    drop(client);
-    let page = serde_json::to_value(&position).unwrap_or_default();
-    let scope = Scope { cursor: Some(&since), page: Some(&page), ..Scope::default() };
+/// The page that the run has come to.
+async fn fetch(settings: Arc<PullSettings>, datastore: Datastore, run: &Run) -> Result<Fetched, Fault> {
+    let position = &run.next;
+    let push_seq = match position {
+        // Noted when the run began, which was before any request.
+        Position::Start if run.pages == 0 => run.listed.push_seq,
+        _ => push_seq_now(&datastore.client().await?).await?,
+    };
+    let page = serde_json::to_value(position).unwrap_or_default();
+    let scope = Scope { cursor: Some(&run.since), page: Some(&page), ..Scope::default() };
     let request = settings.request.render(&Value::Null, &scope);
     let mut request = request.map_err(|error| Fault::stop(format!("`request`: {error}")))?.purpose("pull");
-    settings.paginator.turn_to(&mut request, &position);
+    settings.paginator.turn_to(&mut request, position);
     match settings.system.send(&request).await {
         Answer::Applied(response) => Ok(Fetched { request, response: Some(response), push_seq }),
-        Answer::Rejected { response, .. } if response.status == 404 && settings.paginator.ends_by_404(&position) => {
+        Answer::Rejected { response, .. } if response.status == 404 && settings.paginator.ends_by_404(position) => {
             Ok(Fetched { request, response: None, push_seq })
         }
         Answer::Rejected { reason, .. } => Err(Fault::stop(reason)),

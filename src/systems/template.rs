@@ -27,10 +27,14 @@ pub struct RequestTemplate {
     pub id: Option<Program>,
     /// Of the response: facts kept in the link.
     pub keep: Option<Program>,
+    /// Of the response: the record, as pulls of the object list it.
+    pub record: Option<Program>,
+    /// Of the response: the record's version, as pulls of the object tell it.
+    pub version: Option<Program>,
 }
 
 impl RequestTemplate {
-    /// `POST /path`, or a map with `request`, `params`, `headers`, `map`, `id`, `keep`, `timeout`.
+    /// `POST /path`, or a map with `request`, `params`, `headers`, `map`, `id`, `keep`, `record`, `version`, `timeout`.
     pub fn read(node: &Node, compiler: &Compiler) -> Result<Self, ConfigError> {
         if node.is_map() {
             let mut section = Section::new(node.clone(), "request")?;
@@ -42,7 +46,7 @@ impl RequestTemplate {
     }
 
     /// Takes the settings of a request out of a section that has others too: `request` must be there, `params`,
-    /// `headers`, `map` or `body`, `id`, `keep` and `timeout` may.
+    /// `headers`, `map` or `body`, `id`, `keep`, `record`, `version` and `timeout` may.
     pub fn from_section(section: &mut Section, compiler: &Compiler) -> Result<Self, ConfigError> {
         let line: Spanned<String> = section.require("request")?;
         let mut request = Self::from_line(&line, compiler)?;
@@ -51,8 +55,13 @@ impl RequestTemplate {
             Some(text) => Some(compiler.jq(&text)?),
             None => section.take::<Spanned<String>>("body")?.map(|text| compiler.jq(&text)).transpose()?,
         };
-        request.id = section.take::<Spanned<String>>("id")?.map(|text| compiler.jq(&text)).transpose()?;
-        request.keep = section.take::<Spanned<String>>("keep")?.map(|text| compiler.jq(&text)).transpose()?;
+        let mut program = |name: &str| -> Result<Option<Program>, ConfigError> {
+            section.take::<Spanned<String>>(name)?.map(|text| compiler.jq(&text)).transpose()
+        };
+        request.id = program("id")?;
+        request.keep = program("keep")?;
+        request.record = program("record")?;
+        request.version = program("version")?;
         Ok(request)
     }
 
@@ -92,6 +101,8 @@ impl RequestTemplate {
             body: None,
             id: None,
             keep: None,
+            record: None,
+            version: None,
         })
     }
 

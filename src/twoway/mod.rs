@@ -8,10 +8,14 @@ mod equal;
 mod flips;
 #[cfg(test)]
 mod model_tests;
+mod order;
 mod receive;
 mod send;
+mod sent;
 
 pub use equal::same;
 pub use flips::{Direction, MAX_FLIPS, next_flips};
+pub use order::{moment, naive, order};
 pub use receive::{Conflict, Incoming, Owner, Policy, Write, what_to_write};
 pub use send::{Fields, Outgoing, Send, difference, what_to_send};
+pub use sent::{Sent, SentColumn, SentColumns, changed_columns};

@@ -1,7 +1,8 @@
 //! The two directions against a model of two systems: after any edits they fall silent, and agree.
 //!
 //! The system here rounds prices and cuts names; the table has a trigger that trims and changes what is written.
-//! Deliveries and pulls come in any order and late, a pull may read a page before a delivery and apply it after.
+//! Deliveries and pulls come in any order and late; an answer may be lost, after the system took what was sent or
+//! before; with some systems the answer has the record.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -18,6 +19,9 @@ struct World {
     remote: Map<String, Value>,
     base_row: Option<Map<String, Value>>,
     base_remote: Option<Map<String, Value>>,
+    sent: Sent,
+    /// The system answers with the record.
+    answers: bool,
     requests: usize,
     writes: usize,
     trigger: bool,
@@ -40,8 +44,23 @@ fn to_row(remote: &Map<String, Value>) -> Map<String, Value> {
     row
 }
 
+/// As the sink has it: columns whose change is seen in what is sent.
+fn sent_columns(base: Option<&Map<String, Value>>, now: &Map<String, Value>) -> Map<String, Value> {
+    let with = |row: &Map<String, Value>, name: &str, value: &Value| {
+        let mut row = row.clone();
+        row.insert(name.to_owned(), value.clone());
+        to_remote(&row)
+    };
+    let mut changed = changed_columns(base, now);
+    changed.retain(|name, was| {
+        with(now, name, was) != to_remote(now)
+            || base.is_some_and(|base| with(base, name, &now[name.as_str()]) != to_remote(base))
+    });
+    changed
+}
+
 impl World {
-    fn new(trigger: bool) -> Self {
+    fn new(trigger: bool, answers: bool) -> Self {
         let row = json!({"name": "x", "price": 10}).as_object().unwrap().clone();
         let remote = to_remote(&row).as_object().unwrap().clone();
         World {
@@ -50,11 +69,13 @@ impl World {
             row,
             remote,
             trigger,
+            answers,
             ..World::default()
         }
     }
 
-    fn deliver(&mut self) {
+    /// `lost`: the answer is, after (true) or before the system took what was sent.
+    fn deliver(&mut self, lost: Option<bool>) {
         let base = self.base_row.as_ref().map(to_remote);
         let now = to_remote(&self.row);
         let state =
@@ -62,13 +83,24 @@ impl World {
         match what_to_send(&state, Fields::Changed) {
             Send::Update(Value::Object(fields)) => {
                 self.requests += 1;
-                for (name, mut value) in fields {
-                    // The system keeps names to four letters.
-                    if let Value::String(text) = &mut value {
-                        text.truncate(4);
+                if lost != Some(false) {
+                    for (name, mut value) in fields {
+                        // The system keeps names to four letters.
+                        if let Value::String(text) = &mut value {
+                            text.truncate(4);
+                        }
+                        self.remote.insert(name, value);
                     }
-                    self.remote.insert(name, value);
                 }
+                if lost.is_some() {
+                    if let Some(base) = self.base_row.take() {
+                        self.sent.lost(&base);
+                    }
+                    return;
+                }
+                let answer = self.answers.then(|| Value::Object(self.remote.clone()));
+                let columns = sent_columns(self.base_row.as_ref(), &self.row);
+                self.sent.push(&columns, self.base_row.is_some(), answer);
             }
             // What differs below what the system can hold is agreed on too; else a pull would hold it for ever.
             Send::Nothing => {}
@@ -77,11 +109,8 @@ impl World {
         self.base_row = Some(self.row.clone());
     }
 
-    /// A known limit, left out here: a field that was delivered since the last pull and is put back, before the
-    /// next one, to exactly what that last pull saw, looks as if nobody had touched it.
     fn edit_remote(&mut self, field: &str, value: Option<Value>) {
-        let seen = self.base_remote.as_ref().map(|base| &base[field]);
-        if let Some(value) = value.filter(|value| Some(value) != seen || self.remote[field] == *value) {
+        if let Some(value) = value {
             self.remote.insert(field.to_owned(), value);
         }
     }
@@ -89,15 +118,25 @@ impl World {
     fn pull(&mut self, policy: &Policy) {
         let incoming = to_row(&self.remote);
         let incoming_base = self.base_remote.as_ref().map(to_row);
+        let mut sent = SentColumns::new();
+        for push in self.sent.pushes() {
+            let answered = push.answer.as_ref().map(|answer| to_row(answer.as_object().unwrap()));
+            for (name, was) in &push.columns {
+                let answered = answered.as_ref().map(|row| row[name].clone());
+                let tried = self.sent.tried(name).cloned();
+                sent.insert(name.clone(), SentColumn { was: was.clone(), answered, tried });
+            }
+        }
         let side = Incoming {
             incoming: &incoming,
             incoming_base: incoming_base.as_ref(),
             row: &self.row,
             row_base: self.base_row.as_ref(),
+            sent: &sent,
             incoming_time: None,
             row_time: None,
         };
-        let Write::Row { columns, agreed } = what_to_write(&side, policy) else { return };
+        let Write::Row { columns, agreed, again } = what_to_write(&side, policy) else { return };
         if !columns.is_empty() {
             self.writes += 1;
             self.row.extend(columns);
@@ -107,8 +146,12 @@ impl World {
                 name.make_ascii_uppercase();
             }
         }
-        self.base_row.get_or_insert_default().extend(agreed);
         self.base_remote = Some(self.remote.clone());
+        // After a lost answer nothing is agreed on until everything has been sent again.
+        if let Some(base) = &mut self.base_row {
+            base.extend(agreed.clone());
+            self.sent = self.sent.seen(&agreed, &again, &incoming, &self.row);
+        }
     }
 }
 
@@ -116,7 +159,10 @@ impl World {
 enum Step {
     EditRow(Option<String>, Option<i64>),
     EditRemote(Option<String>, Option<i64>),
+    /// What the last pull saw, again.
+    PutBack,
     Deliver,
+    Lose(bool),
     Pull,
 }
 
@@ -131,7 +177,9 @@ fn step() -> impl Strategy<Value = Step> {
             }),
             price
         )),
+        Just(Step::PutBack),
         Just(Step::Deliver),
+        any::<bool>().prop_map(Step::Lose),
         Just(Step::Pull),
     ]
 }
@@ -149,10 +197,11 @@ proptest! {
         conflict in conflict(),
         owner in any::<bool>(),
         trigger in any::<bool>(),
+        answers in any::<bool>(),
     ) {
         let owner = if owner { Owner::Datastore } else { Owner::Upstream };
         let policy = Policy { conflict, owner: BTreeMap::from([("name".to_owned(), owner)]), skew: Duration::ZERO };
-        let mut world = World::new(trigger);
+        let mut world = World::new(trigger, answers);
         for step in steps {
             match step {
                 Step::EditRow(name, price) => {
@@ -163,18 +212,20 @@ proptest! {
                     world.edit_remote("label", name.map(|name| json!(name)));
                     world.edit_remote("amount", price.map(|price| json!(price)));
                 }
-                Step::Deliver => world.deliver(),
+                Step::PutBack => world.remote.extend(world.base_remote.clone().unwrap_or_default()),
+                Step::Deliver => world.deliver(None),
+                Step::Lose(taken) => world.deliver(Some(taken)),
                 Step::Pull => world.pull(&policy),
             }
         }
         for _ in 0..6 {
             world.pull(&policy);
-            world.deliver();
+            world.deliver(None);
         }
         let (requests, writes) = (world.requests, world.writes);
         for _ in 0..4 {
             world.pull(&policy);
-            world.deliver();
+            world.deliver(None);
         }
         prop_assert_eq!((world.requests, world.writes), (requests, writes), "still busy");
         // Alike in all that the system can hold.

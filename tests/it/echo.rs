@@ -97,3 +97,60 @@ async fn changes_on_both_sides_a_trigger_and_a_rounding_mapping_end_in_silence_a
     up.stop().await;
     down.stop().await;
 }
+
+/// The parties of two customers, with one connector that is told what the ERP answers and one that is not.
+#[tokio::test]
+async fn what_is_put_back_in_the_erp_before_the_next_pull_comes_back() {
+    let tryton = Tryton::start().await;
+    let proxy = behind_proxy(&tryton).await;
+    let erp = erp(&tryton, &proxy);
+    for (name, record) in [("back", ""), ("answered", ", params: { f: [code, name] }, record: .")] {
+        let shop = Shop::start(name).await;
+        shop.sql("INSERT INTO customers SELECT i, 'n' || i, 's', 'c', 9.90 FROM generate_series(1, 2) i").await;
+        let down = DOWN.replace(
+            "update: \"PUT /party.party/{{ $link.id }}\"",
+            &format!("update: {{ request: \"PUT /party.party/{{{{ $link.id }}}}\"{record} }}"),
+        );
+        let down = down.replace("C\\(", &format!("C{name}\\("));
+        assert!(down.contains(&format!("$link.id }}}}\"{record}")), "{down}");
+        let up = UP.replace("C%", &format!("C{name}%"));
+        let sink = shop.connector(&erp, &down);
+        settled(&shop, "customers").await;
+        let pull = shop.connector(&erp, &up);
+        let runs = || pull.status.facts().get("runs").and_then(serde_json::Value::as_u64).unwrap_or(0);
+        eventually(Duration::from_secs(20), "two runs", async || runs() > 1).await;
+        pull.stop().await;
+        let id = shop.links("party").await[0].1.clone().expect("linked");
+        let rows = shop.database.connect().await;
+        let row = async || {
+            let row = rows.query_one("SELECT name || ' ' || price FROM customers WHERE id = 1", &[]).await.unwrap();
+            row.get::<_, String>(0)
+        };
+        let seen = row().await;
+
+        // Delivered, and put back to what the pull has seen.
+        shop.sql("UPDATE customers SET name = 'delivered', price = 30.40 WHERE id = 1").await;
+        settled(&shop, "customers").await;
+        let party = format!("party.party/{id}");
+        assert_eq!(tryton.erp.get(&format!("{party}?f=name")).await["name"], "delivered 30");
+        tryton.erp.put(&party, json!({ "name": "n1 9" })).await;
+        let pull = shop.connector(&erp, &up);
+        eventually(Duration::from_secs(20), &format!("{name}: the row is as the party again"), async || {
+            let now = row().await;
+            if now == "n1 9.00" { Ok(()) } else { Err(now) }
+        })
+        .await;
+        assert_eq!(seen, "n1 9.00", "the pull takes what the ERP has made of a new row");
+
+        // What the ERP does not hold, the cents, stays in the row where the ERP answers with what it has taken.
+        shop.sql("UPDATE customers SET name = 'again', price = 40.40 WHERE id = 1").await;
+        settled(&shop, "customers").await;
+        let before = pull.status.facts()["runs"].clone();
+        eventually(Duration::from_secs(20), "a run", async || pull.status.facts()["runs"] != before).await;
+        let before = pull.status.facts()["runs"].clone();
+        eventually(Duration::from_secs(20), "one more", async || pull.status.facts()["runs"] != before).await;
+        assert_eq!(row().await, if record.is_empty() { "again 40.00" } else { "again 40.40" });
+        pull.stop().await;
+        sink.stop().await;
+    }
+}

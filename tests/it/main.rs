@@ -19,6 +19,8 @@ mod log_conformance;
 mod losses;
 mod options;
 mod pull;
+#[cfg(feature = "kafka")]
+mod pull_workers;
 mod references;
 mod registry;
 mod registry_away;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use tidegate::datastore::stale_cursors;
+use tidegate::datastore::put_aside;
 use tidegate::pipeline::{ConnectorState, ResetTo};
 use tidegate::systems::BreakerState;
 use tokio_postgres::Client;
@@ -309,6 +309,53 @@ async fn a_page_older_than_a_delivery_is_held_and_listed_again() {
 }
 
 #[tokio::test]
+async fn a_record_older_than_what_is_known_is_held_and_listed_again() {
+    let (database, client) = world("version").await;
+    let versioned = |name: &str, version: i64| {
+        let mut record = part(1, "2026-01-01T00:00:01Z");
+        record["name"] = json!(name);
+        record["version"] = json!(version);
+        record
+    };
+    let api = Api::start(vec![versioned("nine", 9)]).await;
+    let stage = stage(&database, &api).await;
+    let yaml = pull("/all", "conflict: upstream\nversion: .version");
+    stage.run_once(&yaml).await;
+    // A delivery was answered with version 11, and the listing lags behind it.
+    client
+        .batch_execute(
+            "UPDATE parts SET name = 'eleven'; UPDATE tidegate.links SET remote_version = '11', generation = generation + 1, \
+             base_doc = jsonb_set(base_doc::jsonb, '{after,name}', '\"eleven\"')::json",
+        )
+        .await
+        .unwrap();
+    api.set(vec![versioned("ten", 10)]);
+    let hourly = yaml.replace("150ms", "1h");
+    let running = stage.start(&hourly);
+    becomes(&client, "SELECT reason FROM tidegate.held", "its version 10 is older than 11, which was seen before")
+        .await;
+    assert_eq!(text(&client, "SELECT name FROM parts").await, "eleven");
+    // Asked again, though the next run is an hour away, until the system shows as much.
+    api.set(vec![versioned("twelve", 12)]);
+    becomes(&client, "SELECT name FROM parts", "twelve").await;
+    becomes(&client, "SELECT count(*)::text FROM tidegate.held", "0").await;
+    assert_eq!(text(&client, "SELECT remote_version FROM tidegate.links").await, "12");
+    // One that is gone from the listing is not waited for.
+    api.set(vec![versioned("eight", 8)]);
+    running.stop().await.unwrap();
+    let running = stage.start(&hourly);
+    becomes(&client, "SELECT count(*)::text FROM tidegate.held", "1").await;
+    api.set(vec![]);
+    becomes(&client, "SELECT count(*)::text FROM tidegate.held", "0").await;
+    running.stop().await.unwrap();
+    // A system that was set back: a reset makes its versions count anew.
+    api.set(vec![versioned("three", 3)]);
+    stage.reset(&yaml, &ResetTo::Beginning).await;
+    stage.run_once(&yaml).await;
+    assert_eq!(text(&client, "SELECT name FROM parts").await, "three");
+}
+
+#[tokio::test]
 async fn a_replayed_dead_letter_does_not_overwrite_a_row_delivered_since() {
     let (database, client) = world("replayed").await;
     let api = Api::start(parts(1)).await;
@@ -354,9 +401,9 @@ async fn only_a_push_that_is_done_asks_for_a_new_listing() {
         .await
         .unwrap();
     let held = stage.datastore.client().await.unwrap();
-    assert!(stale_cursors(&held, "parts").await.unwrap().is_empty(), "the push is under way");
+    assert!(!put_aside(&held, "parts").await.unwrap().stale, "the push is under way");
     client.batch_execute("UPDATE tidegate.links SET intent = NULL, pushed_seq = 1").await.unwrap();
-    assert_eq!(stale_cursors(&held, "parts").await.unwrap().len(), 1, "the push is done");
+    assert!(put_aside(&held, "parts").await.unwrap().stale, "the push is done");
 }
 
 #[tokio::test]

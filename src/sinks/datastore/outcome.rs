@@ -21,13 +21,25 @@ pub enum Verdict {
         set: Map<String, Value>,
         /// What is agreed on from now on, by column.
         base: Map<String, Value>,
+        /// Columns that the record has only moved for not having what was sent.
+        again: Vec<String>,
         link: Option<Box<Link>>,
         /// The row and the record were not linked before.
         paired: bool,
     },
     Skip(&'static str),
-    Hold(String),
+    Hold {
+        why: String,
+        /// It is older than what is known of the record: only a new look at the system tells.
+        behind: bool,
+    },
     Reject(String),
+}
+
+impl Verdict {
+    pub fn hold(why: impl Into<String>) -> Self {
+        Verdict::Hold { why: why.into(), behind: false }
+    }
 }
 
 /// How it ended.
@@ -40,6 +52,16 @@ pub enum Done {
 }
 
 impl Decided {
+    /// Without a link: the row is as the record says.
+    pub fn is_nothing(&self) -> bool {
+        !self.mapped.aside
+            && match &self.verdict {
+                Verdict::Update { set, link, .. } => set.is_empty() && link.is_none(),
+                Verdict::Skip(_) => true,
+                _ => false,
+            }
+    }
+
     /// For `preview`.
     pub fn to_json(&self) -> Value {
         let id = &self.mapped.id;
@@ -55,7 +77,7 @@ impl Decided {
                 json!({ "do": what, "id": id, "key": key, "set": set })
             }
             Verdict::Skip(why) => json!({ "do": "nothing", "id": id, "why": why }),
-            Verdict::Hold(why) => json!({ "do": "hold", "id": id, "why": why }),
+            Verdict::Hold { why, .. } => json!({ "do": "hold", "id": id, "why": why }),
             Verdict::Reject(why) => json!({ "do": "park", "id": id, "why": why }),
         }
     }

@@ -26,6 +26,8 @@ pub struct TableSettings {
     pub map: Program,
     /// Of the record: facts kept in the link.
     pub keep: Option<Program>,
+    /// Of the record: a text or number that rises with every change of it.
+    pub version: Option<Program>,
     /// Whether the row is linked with the record. False where a row is found through another row's link.
     pub link: bool,
     pub lock_timeout: Duration,
@@ -34,8 +36,8 @@ pub struct TableSettings {
 }
 
 impl TableSettings {
-    /// Takes `into`, `key`, `insert`, `match`, `conflict`, `owner`, `id`, `when`, `map`, `keep`, `link`,
-    /// `lock.timeout`, `held.retry`.
+    /// Takes `into`, `key`, `insert`, `match`, `conflict`, `owner`, `id`, `when`, `map`, `keep`, `version`,
+    /// `link`, `lock.timeout`, `held.retry`.
     pub fn read(section: &mut Section, compiler: &Compiler, object: &str) -> Result<Self, ConfigError> {
         let into: Spanned<String> = section.require("into")?;
         let into = TableName::from_str(&into).map_err(|error| ConfigError::new(&into.place, error.to_string()))?;
@@ -78,6 +80,7 @@ impl TableSettings {
             id,
             when: program(section.take("when")?)?,
             keep: program(section.take("keep")?)?,
+            version: program(section.take("version")?)?,
             map: compiler.jq(&map)?,
             link,
             lock_timeout: section.or("lock.timeout", Duration::from_secs(2))?.max(Duration::from_millis(1)),

@@ -16,7 +16,7 @@ use crate::datastore::{
 };
 use crate::event::Offset;
 use crate::log::ConsumedRecord;
-use crate::twoway::{Conflict, Direction, Incoming, MAX_FLIPS, Write, next_flips, same, what_to_write};
+use crate::twoway::{Conflict, Direction, Incoming, MAX_FLIPS, Sent, Write, next_flips, order, same, what_to_write};
 
 /// Where a record's row was found.
 struct Target {
@@ -71,7 +71,7 @@ impl Inside {
             }
         }
         let page_rows = rows_of_page(transaction, &self.settings.into, &table.key, &keys, access).await?;
-        let decide = |(mapped, found): (Mapped, Found)| {
+        let decide = |(mut mapped, found): (Mapped, Found)| {
             let verdict = match found {
                 Found::Decided(verdict) => verdict,
                 Found::Nothing => self.insert(&mapped),
@@ -79,9 +79,9 @@ impl Inside {
                     let is_it =
                         |row: &&Value| target.key.iter().all(|(column, value)| same(&row[column.as_str()], value));
                     match page_rows.rows.iter().find(is_it) {
-                        Some(row) => self.compare(&mapped, target, row),
+                        Some(row) => self.compare(&mut mapped, target, row),
                         None if page_rows.busy.iter().any(|row| is_it(&row)) => {
-                            Verdict::Hold("the row is locked by another transaction".to_owned())
+                            Verdict::hold("the row is locked by another transaction")
                         }
                         // Linked, and no row any more: deleted here; its delete is the sink's to deliver.
                         None if target.link.is_some() => Verdict::Skip("its row was deleted here"),
@@ -101,7 +101,7 @@ impl Inside {
         mapped: &Mapped,
         link: Option<Box<Link>>,
     ) -> Result<Found, Stopped> {
-        let hold = |why: &str| Ok(Found::Decided(Verdict::Hold(why.to_owned())));
+        let hold = |why: &str| Ok(Found::Decided(Verdict::hold(why)));
         let reject = |why: String| Ok(Found::Decided(Verdict::Reject(why)));
         let row = match &mapped.means {
             Means::Row(row) => row,
@@ -131,6 +131,16 @@ impl Inside {
             }
             if link.intent.is_some() || link.pushed_seq > mapped.push_seq {
                 return hold("it was sent to the system after this page was fetched");
+            }
+            if link.table == into.to_string() && mapped.link_generation != Some(link.generation) {
+                return hold("its link was changed while it was mapped");
+            }
+            if let Some(known) = &link.remote_version
+                && !mapped.version.is_null()
+                && order(&mapped.version, known).is_lt()
+            {
+                let why = format!("its version {} is older than {known}, which was seen before", mapped.version);
+                return Ok(Found::Decided(Verdict::Hold { why, behind: true }));
             }
             if link.table != into.to_string() {
                 return reject(format!("the record is linked to a row of {}; hint: set `link: false`", link.table));
@@ -175,7 +185,8 @@ impl Inside {
         }
     }
 
-    fn compare(&self, mapped: &Mapped, target: Target, row: &Value) -> Verdict {
+    fn compare(&self, mapped: &mut Mapped, target: Target, row: &Value) -> Verdict {
+        mapped.row = row.as_object().cloned().unwrap_or_default();
         let (Means::Row(incoming), Some(row)) = (&mapped.means, row.as_object()) else {
             return Verdict::Skip("the map gives nothing");
         };
@@ -194,25 +205,27 @@ impl Inside {
             incoming_base: mapped.before.as_ref(),
             row,
             row_base,
+            sent: &mapped.sent,
             incoming_time: None,
             row_time: None,
         };
         match what_to_write(&side, &self.settings.policy) {
             Write::Row { columns, .. } if !columns.is_empty() && flips(target.link.as_deref()) > MAX_FLIPS => {
                 let names: Vec<_> = columns.keys().map(String::as_str).collect();
-                Verdict::Hold(format!(
+                Verdict::hold(format!(
                     "both sides undo each other's changes of {}; hint: look at triggers and maps",
                     names.join(", ")
                 ))
             }
-            Write::Row { columns, agreed } => Verdict::Update {
+            Write::Row { columns, agreed, again } => Verdict::Update {
                 key: target.key,
                 set: columns,
                 base: agreed,
+                again,
                 link: target.link,
                 paired: target.paired,
             },
-            Write::Hold { columns } => Verdict::Hold(format!("the row has unsent changes in {}", columns.join(", "))),
+            Write::Hold { columns } => Verdict::hold(format!("the row has unsent changes in {}", columns.join(", "))),
         }
     }
 
@@ -231,7 +244,7 @@ impl Inside {
                 self.settled(transaction, &mapped).await?;
                 Ok(Done::Unchanged)
             }
-            Verdict::Hold(why) => {
+            Verdict::Hold { why, behind } => {
                 tracing::debug!(connector = self.connector, id = %mapped.id, why, "held back");
                 let held = Hold {
                     system: &self.system,
@@ -241,6 +254,7 @@ impl Inside {
                     reason: &why,
                     push_seq: mapped.push_seq,
                     cursor: &mapped.cursor,
+                    behind,
                     retry_s: self.settings.held_retry.as_secs_f64(),
                 };
                 hold(transaction, &self.connector, &held).await?;
@@ -259,9 +273,9 @@ impl Inside {
                 self.settled(transaction, &mapped).await?;
                 Ok(Done::Written)
             }
-            Verdict::Update { key, set, base, link, .. } => {
+            Verdict::Update { key, set, base, again, link, .. } => {
                 transaction.batch_execute("SAVEPOINT record").await?;
-                if let Err(error) = self.update_linked(transaction, &mapped, &key, &set, base, link).await {
+                if let Err(error) = self.update_linked(transaction, &mapped, &key, &set, (base, &again), link).await {
                     let request = json!({ "update": key, "set": set });
                     return self.refused(transaction, &mapped, request, error, last).await;
                 }
@@ -310,11 +324,15 @@ impl Inside {
         mapped: &Mapped,
         key: &Map<String, Value>,
         set: &Map<String, Value>,
-        base: Map<String, Value>,
+        (base, again): (Map<String, Value>, &[String]),
         link: Option<Box<Link>>,
     ) -> Result<(), RowError> {
-        if !set.is_empty() && update_row(transaction, &self.settings.into, key, set).await?.is_none() {
-            return Err(RowError::Rejected("the row is gone".to_owned()));
+        let mut row = None;
+        if !set.is_empty() {
+            row = update_row(transaction, &self.settings.into, key, set).await?;
+            if row.is_none() {
+                return Err(RowError::Rejected("the row is gone".to_owned()));
+            }
         }
         if !self.settings.link {
             return Ok(());
@@ -324,7 +342,10 @@ impl Inside {
             Some(link) => *link,
             None => self.link_of(transaction, key).await?,
         };
-        let document = link.base_doc.get_or_insert_with(|| json!({ "key": key, "after": {} }));
+        // After an update whose answer was lost, nothing is agreed on until the sink has sent everything again.
+        let unknown = link.base_doc.is_none() && link.sent.is_some();
+        let sent = self.sent_after(link.sent.take(), unknown, mapped, &base, again, row.as_ref());
+        let mut document = link.base_doc.take().unwrap_or_else(|| json!({ "key": key, "after": {} }));
         if let Some(after) = document.get_mut("after").and_then(Value::as_object_mut) {
             for (column, value) in base {
                 // The same value in another spelling is no news.
@@ -333,7 +354,9 @@ impl Inside {
                 }
             }
         }
+        link.base_doc = (!unknown).then_some(document);
         self.remember(&mut link, mapped);
+        link.sent = sent;
         if !set.is_empty() {
             link.flips = flips(Some(&link));
         }
@@ -341,6 +364,26 @@ impl Inside {
             save_link(transaction, &link).await?;
         }
         Ok(())
+    }
+
+    /// What the link is to know of its pushes from now on. `row`: as it was written, where it was.
+    fn sent_after(
+        &self,
+        sent: Option<Value>,
+        unknown: bool,
+        mapped: &Mapped,
+        agreed: &Map<String, Value>,
+        again: &[String],
+        row: Option<&Value>,
+    ) -> Option<Value> {
+        if unknown {
+            return sent;
+        }
+        let sent: Sent = serde_json::from_value(sent?).ok()?;
+        let Means::Row(incoming) = &mapped.means else { return None };
+        let row = row.and_then(Value::as_object).unwrap_or(&mapped.row);
+        let left = sent.seen(agreed, again, incoming, row);
+        (!left.is_empty()).then(|| serde_json::to_value(left).unwrap_or_default())
     }
 
     /// The link of a row that has just been paired: new, or one that has no counterpart yet.
@@ -358,6 +401,10 @@ impl Inside {
     fn remember(&self, link: &mut Link, mapped: &Mapped) {
         link.external = Some(mapped.id.clone());
         link.base_remote = Some(mapped.record.clone());
+        link.sent = None;
+        if !mapped.version.is_null() {
+            link.remote_version = Some(mapped.version.clone());
+        }
         for (name, value) in &mapped.kept {
             link.kept.insert(name.clone(), value.clone());
         }

@@ -7,6 +7,7 @@ use super::decide::{Decision, Doing, Job};
 use super::deliver::{Delivery, db};
 use super::expressions::{Answers, Unmapped};
 use super::outcome::Rejection;
+use super::sent;
 use crate::datastore::{
     DatastoreErrorKind, GenericClient, Link, LinkKey, delete_link, lock_link, next_push_seq, save_lines, save_link,
 };
@@ -68,6 +69,8 @@ impl Delivery {
             link.base_doc = None;
             link.owed.clear();
             link.step = 0;
+        } else if let Err(reason) = sent::remember(&mut link, &job.intent, template, response) {
+            refused = refused.or(Some(reason));
         }
         let mut next = None;
         let more = matches!(job.operation, Doing::Create(step) if step + 1 < self.settings.create.len());
@@ -76,8 +79,8 @@ impl Delivery {
             let doing = Doing::Create(link.step as usize);
             let document = job.intent.document.clone();
             let idempotency_key = format!("{}-{}", job.intent.idempotency_key, link.step);
-            let owed = job.intent.owed.clone();
-            let decision = Decision { doing, document, owed, body: None, idempotency_key, begun };
+            let (owed, sent) = (job.intent.owed.clone(), job.intent.sent.clone());
+            let decision = Decision { doing, document, owed, sent, body: None, idempotency_key, begun };
             match self.prepare(&transaction, &mut answers, &link, decision).await? {
                 Ok(job) => {
                     link.intent = Some(job.intent.clone());

@@ -67,6 +67,8 @@ pub(super) struct Decision {
     /// Links that are not there, and that the document is mapped without.
     pub(super) owed: Vec<Owed>,
     /// What the connector's map gives, where the request has no body of its own.
+    /// Columns that it tells of, each with the value agreed on before.
+    pub(super) sent: Map<String, Value>,
     pub(super) body: Option<Value>,
     pub(super) idempotency_key: String,
     /// Before the transaction that writes the intent.
@@ -254,7 +256,16 @@ impl Delivery {
         let document = document.unwrap_or_else(|| gone(work, &link));
         let idempotency_key = Uuid::new_v4().simple().to_string();
         attempt.owed.clone_from(&owed);
-        let decision = Decision { doing, document, owed, body, idempotency_key, begun };
+        let sent = match doing {
+            // What a create sent tells something beside an answer only: nothing was seen of the record before.
+            Doing::Create(_) if settings.create.iter().all(|step| step.request.record.is_none()) => Map::new(),
+            Doing::Create(_) => self.sent_columns(&transaction, &mut answers, None, &document, &shown).await?,
+            Doing::Update => {
+                self.sent_columns(&transaction, &mut answers, link.base_doc.as_ref(), &document, &shown).await?
+            }
+            Doing::Delete => Map::new(),
+        };
+        let decision = Decision { doing, document, owed, sent, body, idempotency_key, begun };
         let job = self.prepare(&transaction, &mut answers, &link, decision).await?;
         let job = match job {
             Ok(job) => job,
@@ -340,7 +351,7 @@ impl Delivery {
         link: &Link,
         decision: Decision,
     ) -> Result<Result<Job, Unmapped>, Fault> {
-        let Decision { doing, document, owed, body, idempotency_key, begun } = decision;
+        let Decision { doing, document, owed, sent, body, idempotency_key, begun } = decision;
         let template = self.template(doing)?;
         let shown = link.shown();
         let rendered = answers
@@ -368,6 +379,7 @@ impl Delivery {
             ended: false,
             document,
             owed,
+            sent,
         };
         Ok(Ok(Job { operation: doing, intent, request, begun }))
     }
@@ -389,6 +401,7 @@ fn revive(link: &mut Link, was_deleted_there: bool) {
     if was_deleted_there {
         link.external = None;
         link.base_remote = None;
+        link.sent = None;
         link.remote_version = None;
         link.kept.clear();
         link.step = 0;

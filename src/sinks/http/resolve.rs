@@ -10,6 +10,7 @@ use super::decide::{Doing, scope};
 use super::deliver::{Attempt, Delivery, db};
 use super::expressions::{Answers, Unmapped};
 use super::outcome::{Next, Outcome, Rejection};
+use super::sent;
 use super::settings::Update;
 use super::work::KeyWork;
 use crate::datastore::{
@@ -281,6 +282,7 @@ impl Delivery {
         if let Some(mut link) = self.lock_own(&transaction, key, &intent.id).await? {
             link.intent = None;
             if intent.operation == "update" {
+                sent::lost(&mut link);
                 link.base_doc = None;
             }
             save_link(&transaction, &link).await?;

@@ -1,13 +1,13 @@
 //! The incremental cursor: how far a pull has read, as the system's own values say.
 
-use std::cmp::Ordering;
 use std::time::Duration;
 
-use chrono::{DateTime, NaiveDate, NaiveDateTime, SecondsFormat, TimeDelta, Utc};
+use chrono::{DateTime, NaiveDate, SecondsFormat, TimeDelta, Utc};
 use serde_json::{Number, Value};
 
 use crate::config::{ConfigError, FromNode, Node, Section, Spanned};
 use crate::mapping::{Compiler, Program, Scope};
+use crate::twoway::{moment, naive};
 
 /// `incremental: { cursor: …, tie_breaker: …, initial: …, lookback: … }`
 pub struct Incremental {
@@ -126,49 +126,6 @@ fn earlier(text: &str, time: Duration) -> Option<String> {
     Some(naive.format(&format).to_string())
 }
 
-fn naive(text: &str) -> Option<NaiveDateTime> {
-    ["%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M:%S%.f"]
-        .iter()
-        .find_map(|format| NaiveDateTime::parse_from_str(text, format).ok())
-}
-
-/// The moment that a cursor names, where it names one. Times without a zone are UTC.
-pub fn moment(cursor: &Value) -> Option<DateTime<Utc>> {
-    let text = cursor.as_str()?;
-    DateTime::parse_from_rfc3339(text).map(|time| time.to_utc()).ok().or_else(|| naive(text).map(|time| time.and_utc()))
-}
-
-/// Times by time, numbers by value, texts by their bytes; null is before all.
-pub fn order(one: &Value, other: &Value) -> Ordering {
-    if let (Some(one), Some(other)) = (moment(one), moment(other)) {
-        return one.cmp(&other);
-    }
-    match (one, other) {
-        (Value::Number(one), Value::Number(other)) => numbers(one, other),
-        (Value::String(one), Value::String(other)) => one.cmp(other),
-        _ => rank(one).cmp(&rank(other)),
-    }
-}
-
-fn numbers(one: &Number, other: &Number) -> Ordering {
-    let (one, other) = (one.to_string(), other.to_string());
-    match (one.parse::<i128>(), other.parse::<i128>()) {
-        (Ok(one), Ok(other)) => one.cmp(&other),
-        _ => match (one.parse::<f64>(), other.parse::<f64>()) {
-            (Ok(one), Ok(other)) => one.total_cmp(&other),
-            _ => one.cmp(&other),
-        },
-    }
-}
-
-fn rank(value: &Value) -> u8 {
-    match value {
-        Value::Null => 0,
-        Value::Number(_) => 1,
-        _ => 2,
-    }
-}
-
 /// The end of a run that read an unordered listing: what was changed while it was being read may have been missed on
 /// a page read before, so that the cursor goes no further than the time the listing began, by the system's clock.
 pub fn no_later(high: Value, began: DateTime<Utc>) -> Value {
@@ -204,16 +161,6 @@ mod tests {
         assert_eq!(back("2026-01-01 00:00:30", 30), "2026-01-01 00:00:00");
         assert_eq!(back("2026-01-02", 90_000), "2025-12-31");
         assert_eq!(earlier("yesterday", Duration::from_secs(1)), None);
-    }
-
-    #[test]
-    fn cursors_are_ordered_by_what_they_mean() {
-        let sorted = |a: Value, b: Value| order(&a, &b);
-        assert_eq!(sorted(json!("2026-01-01T01:00:00+02:00"), json!("2026-01-01T00:00:00Z")), Ordering::Less);
-        assert_eq!(sorted(json!(10), json!(9)), Ordering::Greater);
-        assert_eq!(sorted(json!("10"), json!("9")), Ordering::Less);
-        assert_eq!(sorted(Value::Null, json!(0)), Ordering::Less);
-        assert_eq!(sorted(json!(1.5), json!(1)), Ordering::Greater);
     }
 
     #[test]

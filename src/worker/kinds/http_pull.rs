@@ -8,9 +8,9 @@ use serde_json::{Value, json};
 
 use super::{Connector, Identity, World};
 use crate::config::{ConfigError, Section, Spanned};
-use crate::datastore::{load_cursor, save_cursor};
-use crate::pipeline::{self, ConnectorContext, Fault, Plan, PlanStep, ResetTo};
-use crate::sinks::datastore::{DatastoreSink, TableSettings};
+use crate::datastore::{forget_versions, load_cursor, save_cursor};
+use crate::pipeline::{self, ConnectorContext, ConnectorState, Fault, Plan, PlanStep, ResetTo};
+use crate::sinks::datastore::{DatastoreSink, Hold, TableSettings, Tenure};
 use crate::sources::http::{HttpSource, PullSettings};
 
 pub struct Settings {
@@ -46,13 +46,14 @@ impl Settings {
         )
     }
 
-    fn sink(&self, context: &ConnectorContext) -> DatastoreSink {
+    fn sink(&self, context: &ConnectorContext, hold: Option<Hold>) -> DatastoreSink {
         DatastoreSink::new(
             &context.name,
             (&self.system, &self.object),
             Arc::clone(&self.table),
             context.datastore.clone(),
             Arc::clone(&context.status),
+            hold,
         )
     }
 }
@@ -73,7 +74,20 @@ impl Connector for Settings {
 
     async fn run(&self, context: ConnectorContext) -> Result<(), Fault> {
         context.datastore.migrate().await?;
-        pipeline::run(self.source(&context), self.sink(&context), &context).await
+        loop {
+            let Some(tenure) = Tenure::take(&context).await? else {
+                context.status.set_state(ConnectorState::Stopped);
+                return Ok(());
+            };
+            let running = pipeline::run(self.source(&context), self.sink(&context, Some(tenure.hold())), &context);
+            let ended = tokio::select! {
+                ended = running => ended,
+                // What was under way is rolled back, and read again by the one that took over.
+                () = tenure.lost() => continue,
+            };
+            tenure.release().await;
+            return ended;
+        }
     }
 
     async fn plan(&self, context: &ConnectorContext) -> Result<Plan, Fault> {
@@ -93,14 +107,14 @@ impl Connector for Settings {
             name: self.table.into.to_string(),
             detail: Some(format!("reads {} of '{}' {from}", self.object, self.system)),
         };
-        Ok(Plan { steps: vec![step], dba_sql: Vec::new(), problems: self.sink(context).problems().await? })
+        Ok(Plan { steps: vec![step], dba_sql: Vec::new(), problems: self.sink(context, None).problems().await? })
     }
 
     /// What the first page of a run would do to the table now; nothing is written.
     async fn preview(&self, context: &ConnectorContext, limit: usize) -> Result<Vec<Value>, Fault> {
         let mut page = self.source(context).preview().await?;
         page.records.truncate(limit);
-        self.sink(context).preview(&page).await
+        self.sink(context, None).preview(&page).await
     }
 
     async fn reset(&self, context: &ConnectorContext, to: &ResetTo) -> Result<String, Fault> {
@@ -122,6 +136,9 @@ impl Connector for Settings {
             return Err(Fault::stop("this pull reads everything in every run: it has no cursor to move"));
         }
         let client = context.datastore.client().await?;
+        if cursor.is_null() {
+            forget_versions(&client, &self.system, &self.object).await?;
+        }
         let stored = load_cursor(&client, &context.name).await?;
         save_cursor(&client, &context.name, &json!({ "cursor": cursor }), stored.generation).await?;
         Ok(match cursor {
