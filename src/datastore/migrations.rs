@@ -11,7 +11,7 @@ use super::{Datastore, DatastoreError, DatastoreErrorKind};
 use crate::event::OWN_SCHEMA;
 
 /// Versions in order; a version once released never changes.
-const VERSIONS: &[(i32, &str)] = &[(1, include_str!("schema.sql")), (2, include_str!("schema-2.sql"))];
+const VERSIONS: &[(i32, &str)] = &[(1, include_str!("schema.sql"))];
 /// Key of the advisory lock: "tidegate" in ASCII.
 const LOCK: i64 = 0x7469_6465_6761_7465;
 

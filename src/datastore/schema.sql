@@ -16,6 +16,7 @@ CREATE TABLE tidegate.links (
     intent         json,
     -- Links that were not there when base_doc was sent, [[object, key], …]: what link_later("object"; key) gave null for.
     owed           json,
+    sent           json,
     step           int NOT NULL DEFAULT 0,
     pushed_seq     bigint NOT NULL DEFAULT 0,
     flips          int NOT NULL DEFAULT 0,
@@ -78,6 +79,8 @@ CREATE TABLE tidegate.held (
     push_seq    bigint NOT NULL DEFAULT 0,
     cursor      json,
     attempts    int NOT NULL DEFAULT 1,
+    behind      boolean NOT NULL DEFAULT false,
+    listed_at   timestamptz NOT NULL DEFAULT now(),
     held_at     timestamptz NOT NULL DEFAULT now(),
     retry_at    timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (connector, object, external_id)

@@ -14,18 +14,22 @@ mod settings;
 mod tenure;
 mod writing;
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use serde_json::Value;
 
 use crate::datastore::{
-    Access, ColumnFacts, Datastore, DatastoreError, DatastoreErrorKind, columns_of, drop_unlisted, primary_key,
-    save_cursor, tag,
+    Access, ColumnFacts, Datastore, DatastoreError, DatastoreErrorKind, columns_of, drop_unlisted, id_text,
+    primary_key, save_cursor, tag,
 };
 use crate::event::Origin;
+use crate::log::Log;
 use crate::pipeline::{Counts, Destination, Fault, Status, Written};
+use crate::sinks::http::dead_letters::DeadLetters;
 use crate::sources::http::Page;
 
 use mapped::MappedPage;
@@ -48,7 +52,20 @@ struct Inside {
     status: Arc<Status>,
     /// The right to write; `None` to look only.
     hold: Option<Hold>,
+    /// Copies of what is parked, where a topic for them is set.
+    dead_letters: Option<DeadLetters>,
+    /// Hashes of the records parked since the connector started, by id: one that comes again as it was is passed over.
+    refused: Mutex<HashMap<String, u64>>,
     table: tokio::sync::Mutex<Option<Arc<Table>>>,
+}
+
+/// Records whose refusal is remembered; beyond it they are tried anew.
+const MOST_REFUSED: usize = 10_000;
+
+fn hash(record: &Value) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    record.to_string().hash(&mut hasher);
+    hasher.finish()
 }
 
 /// What the catalog says of the table.
@@ -93,7 +110,10 @@ impl DatastoreSink {
         datastore: Datastore,
         status: Arc<Status>,
         hold: Option<Hold>,
+        log: &Arc<dyn Log>,
     ) -> Self {
+        let topic = settings.dead_letter_topic.as_ref();
+        let dead_letters = topic.map(|topic| DeadLetters::new(log.clone(), connector, topic));
         DatastoreSink(Arc::new(Inside {
             connector: connector.to_owned(),
             system: system.to_owned(),
@@ -102,6 +122,8 @@ impl DatastoreSink {
             datastore,
             status,
             hold,
+            dead_letters,
+            refused: Mutex::default(),
             table: tokio::sync::Mutex::new(None),
         }))
     }
@@ -239,11 +261,16 @@ impl Inside {
         if let Some(hold) = &self.hold {
             hold.check(&transaction).await.map_err(Stopped::Fault)?;
         }
+        let mut parked = Vec::new();
         for decided in self.decide(&transaction, table, mapped, Access::Lock).await? {
+            let (id, hash) = (id_text(&decided.mapped.id), hash(&decided.mapped.record));
             match self.write_one(&transaction, table, decided, last).await? {
                 Done::Written => counts.applied += 1,
                 Done::Unchanged => counts.skipped += 1,
-                Done::Parked => counts.rejected += 1,
+                Done::Parked => {
+                    counts.rejected += 1;
+                    parked.push((id, hash));
+                }
                 Done::Held => counts.waiting += 1,
             }
         }
@@ -258,6 +285,13 @@ impl Inside {
             }
         }
         transaction.commit().await?;
+        if !parked.is_empty() {
+            let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+            if refused.len() + parked.len() > MOST_REFUSED {
+                refused.clear();
+            }
+            refused.extend(parked);
+        }
         if counts.rejected > 0 {
             self.status.set_error(format!("{} records were parked; see `tidegate dead-letters list`", counts.rejected));
         }

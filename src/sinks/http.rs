@@ -13,7 +13,7 @@
 
 mod answered;
 mod changes;
-mod dead_letters;
+pub(super) mod dead_letters;
 mod decide;
 mod deliver;
 mod expressions;

@@ -60,6 +60,10 @@ pub async fn show(resources: &Resources, connector: &str, id: &DeadLetterId) -> 
     let Some(parked) = found else { return Ok(None) };
     let decoder = EventDecoder::new(resources.registry.clone());
     let value = match &parked.record.value {
+        // A record that a pull parked is JSON as the system gave it; an event's first byte is 0.
+        Some(json) if json.first() != Some(&0) => {
+            serde_json::from_slice(json).unwrap_or_else(|error| json!({ "undecodable": error.to_string() }))
+        }
         Some(wire) => decoder.value(wire).await.unwrap_or_else(|error| json!({ "undecodable": error.to_string() })),
         None => Value::Null,
     };

@@ -191,6 +191,7 @@ async fn a_cursor_and_a_lease_only_move_for_their_holder() {
             reason: "pending",
             push_seq: 3,
             cursor: &cursor,
+            behind: false,
             retry_s: 0.0,
         };
         hold(&client, "c", &waiting).await.unwrap();
@@ -242,6 +243,6 @@ async fn rows_and_documents_are_read_in_the_form_of_events() {
     let document = query_document(&client, query, &json!({"id": 1})).await.unwrap().unwrap();
     assert_eq!(document.to_string(), r#"{"key":{"id":1},"after":{"number":"A","n":2},"number":"A","n":2}"#);
 
-    let normal = normalize_row(&client, &orders, &json!({"total": "9.9", "id": "1"})).await.unwrap();
+    let normal = normalize_rows(&client, &orders, &[json!({"total": "9.9", "id": "1"})]).await.unwrap().remove(0);
     assert_eq!(normal.to_string(), r#"{"id":1,"total":9.90}"#);
 }

@@ -4,9 +4,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::delivery::{behind_proxy, erp, settled};
+use crate::delivery::{behind_proxy, erp, erp_file, settled};
 use crate::support::shop::Shop;
-use crate::support::{Tryton, eventually};
+use crate::support::{Postgres, Tryton, Version, WorkerLog, Workshop, eventually};
 
 /// The price loses its cents on the way up.
 const DOWN: &str = r#"
@@ -37,28 +37,39 @@ held.retry: 500ms
 map: '.name | split(" ") | { name: .[0], price: (.[1] | tonumber) }'
 "#;
 
-const EDITING: Duration = Duration::from_secs(12);
+const EDITING: Duration = Duration::from_secs(60);
 const SILENCE: Duration = Duration::from_secs(3);
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn changes_on_both_sides_a_trigger_and_a_rounding_mapping_end_in_silence_and_agreement() {
     let tryton = Tryton::start().await;
     let proxy = behind_proxy(&tryton).await;
-    let erp = erp(&tryton, &proxy);
-    let shop = Shop::start("echo").await;
+    let database = Postgres::shared(Version::Distribution).await.database("echo").await;
     // What is pulled in small letters becomes large ones, which the ERP must get too.
-    shop.sql(
-        "CREATE FUNCTION shout() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN NEW.name := upper(NEW.name); RETURN NEW; END $$;
-         CREATE TRIGGER shout BEFORE INSERT OR UPDATE ON customers FOR EACH ROW EXECUTE FUNCTION shout();
-         INSERT INTO customers SELECT i, 'n' || i, 's', 'c', 9.90 FROM generate_series(1, 6) i",
-    )
+    database
+        .execute(
+            "CREATE TABLE customers (id bigint PRIMARY KEY, name text, price numeric(10,2));
+             CREATE FUNCTION shout() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN NEW.name := upper(NEW.name); RETURN NEW; END $$;
+             CREATE TRIGGER shout BEFORE INSERT OR UPDATE ON customers FOR EACH ROW EXECUTE FUNCTION shout();
+             INSERT INTO customers SELECT i, 'n' || i, 9.90 FROM generate_series(1, 6) i",
+        )
+        .await;
+    let sql = database.connect().await;
+    let system: String = erp_file(&tryton, &proxy).lines().map(|line| format!("    {line}\n")).collect();
+    let workshop = Workshop::new(&database.url(), WorkerLog::Embedded, &format!("systems:\n  erp:\n{system}"));
+    workshop.capture(&database.name, r"public\.customers");
+    let down = DOWN.replace("shop.public", &format!("{}.public", database.name));
+    workshop.connector("customers.yaml", &format!("{down}initial: create\n"));
+    let worker = workshop.start().await;
+    let linked =
+        "SELECT external_id FROM tidegate.links WHERE external_id IS NOT NULL AND intent IS NULL ORDER BY external_id";
+    let ids = eventually(Duration::from_secs(60), "six parties", async || {
+        let rows = sql.query(linked, &[]).await.unwrap_or_default();
+        let ids: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+        if ids.len() == 6 { Ok(ids) } else { Err(workshop.connector_status("customers").await.to_string()) }
+    })
     .await;
-    let down = shop.connector(&erp, DOWN);
-    settled(&shop, "customers").await;
-    let up = shop.connector(&erp, UP);
-    let links = shop.links("party").await;
-    assert_eq!(links.len(), 6);
-    let ids: Vec<String> = links.iter().map(|(_, id)| id.clone().expect("linked")).collect();
+    workshop.connector("parties.yaml", UP);
 
     let start = Instant::now();
     let mut turn = 0usize;
@@ -66,36 +77,46 @@ async fn changes_on_both_sides_a_trigger_and_a_rounding_mapping_end_in_silence_a
         turn += 1;
         let (row, party) = (turn % 6 + 1, &ids[turn * 5 % 6]);
         let cents = turn * 37 % 10_000;
-        shop.sql(&format!("UPDATE customers SET name = 'shop{turn}', price = {cents} / 100.0 WHERE id = {row}")).await;
+        let update = format!("UPDATE customers SET name = 'shop{turn}', price = {cents} / 100.0 WHERE id = {row}");
+        sql.batch_execute(&update).await.unwrap();
         tryton.erp.put(&format!("party.party/{party}"), json!({ "name": format!("erp{turn} {}", turn % 50) })).await;
         tokio::time::sleep(Duration::from_millis(turn as u64 * 83 % 400)).await;
     }
 
-    // Silence: neither requests that change anything, nor writes to the table.
+    // Silence: neither requests that change anything, nor writes to the table, nor anything on its way.
     let moves = async || {
-        let events = shop.log.group_lag("tidegate-customers").await.unwrap().iter().map(|lag| lag.end.0).sum::<i64>();
-        (proxy.count("PUT", "") + proxy.count("POST", ""), events, shop.unsettled("customers").await)
+        let row = sql
+            .query_one(
+                "SELECT (SELECT sum(c.xmin::text::bigint)::text FROM customers c), \
+                     (SELECT count(*) FROM tidegate.links WHERE intent IS NOT NULL), \
+                     (SELECT count(*) FROM tidegate.parked), (SELECT count(*) FROM tidegate.held)",
+                &[],
+            )
+            .await
+            .unwrap();
+        let written: Option<String> = row.get(0);
+        let open: (i64, i64, i64) = (row.get(1), row.get(2), row.get(3));
+        let lag = workshop.connector_status("customers").await["lag_events"].as_i64();
+        (proxy.count("PUT", "") + proxy.count("POST", ""), written, open, lag)
     };
     let mut last = (moves().await, Instant::now());
-    eventually(Duration::from_secs(60), "silence", async || {
+    eventually(Duration::from_secs(90), "silence", async || {
         let now = moves().await;
-        if now != last.0 || now.2 != 0 {
-            last = (now, Instant::now());
+        if now != last.0 || now.2 != (0, 0, 0) || now.3 != Some(0) {
+            last = (now.clone(), Instant::now());
         }
-        if last.1.elapsed() > SILENCE { Ok(()) } else { Err(format!("{now:?}; parked {:?}", shop.parked().await)) }
+        if last.1.elapsed() > SILENCE { Ok(()) } else { Err(format!("{now:?}")) }
     })
     .await;
     let pulls = proxy.count("GET", "party.party?");
     eventually(Duration::from_secs(20), "the pull runs on", async || proxy.count("GET", "party.party?") > pulls).await;
+    assert_eq!(moves().await, last.0, "and changes nothing");
 
-    assert!(shop.parked().await.is_empty(), "{:?}", shop.parked().await);
-    let rows = shop.database.connect().await;
     let rows =
-        rows.query("SELECT 'C' || id, name || ' ' || floor(price) FROM customers ORDER BY id", &[]).await.unwrap();
+        sql.query("SELECT 'C' || id, name || ' ' || floor(price) FROM customers ORDER BY id", &[]).await.unwrap();
     let rows: Vec<(String, String)> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
     assert_eq!(crate::delivery::parties(&tryton).await, rows);
-    up.stop().await;
-    down.stop().await;
+    assert_eq!(worker.exited(), None, "{}", worker.log_end(20));
 }
 
 /// The parties of two customers, with one connector that is told what the ERP answers and one that is not.

@@ -9,7 +9,9 @@ use tidegate::systems::BreakerState;
 use tokio_postgres::Client;
 
 use crate::support::capture::World;
-use crate::support::{Api, Database, Fault, Postgres, Proxy, Script, Stage, Tryton, Version, eventually};
+use crate::support::{
+    Api, Database, Fault, Postgres, Proxy, Script, Stage, Tryton, Version, WorkerLog, Workshop, eventually,
+};
 
 const PARTS: &str = "CREATE TABLE parts (
     id serial PRIMARY KEY, sku text UNIQUE, name text, price numeric(10,2) CHECK (price >= 0), note text DEFAULT 'none',
@@ -206,6 +208,33 @@ async fn whose_value_wins_goes_by_the_conflict_setting() {
 }
 
 #[tokio::test]
+async fn the_later_change_wins_and_within_the_clocks_skew_it_is_held() {
+    let (database, client) = world("newest").await;
+    let record = |text: &str, at: &str| json!({"id": 1, "sku": "S1", "name": text, "changed": at});
+    let api = Api::start(vec![record("agreed", "2026-01-01T00:00:00Z")]).await;
+    let stage = stage(&database, &api).await;
+    let yaml = pull("/all", "conflict: newest\nnewest: { record: .changed, column: at, skew: 5s }")
+        .replace("{ sku, name, price, at }", "{ sku, name }");
+    stage.run_once(&yaml).await;
+    let edit = async |name: &str, at: &str| {
+        client.execute("UPDATE parts SET name = $1, at = $2::text::timestamptz", &[&name, &at]).await.unwrap();
+    };
+    edit("mine, later", "2026-01-01T00:20:00Z").await;
+    api.set(vec![record("theirs, earlier", "2026-01-01T00:10:00Z")]);
+    stage.run_once(&yaml).await;
+    assert_eq!(text(&client, "SELECT name FROM parts").await, "mine, later");
+    edit("mine, earlier", "2026-01-01T00:30:00Z").await;
+    api.set(vec![record("theirs, later", "2026-01-01T00:40:00Z")]);
+    stage.run_once(&yaml).await;
+    assert_eq!(text(&client, "SELECT name FROM parts").await, "theirs, later");
+    edit("mine, at the same time", "2026-01-01T00:50:00Z").await;
+    api.set(vec![record("theirs, at the same time", "2026-01-01T00:50:03Z")]);
+    stage.run_once(&yaml).await;
+    assert_eq!(text(&client, "SELECT name FROM parts").await, "mine, at the same time");
+    assert_eq!(text(&client, "SELECT reason FROM tidegate.held").await, "the row has unsent changes in name");
+}
+
+#[tokio::test]
 async fn a_record_that_cant_be_written_is_parked_and_the_others_go_on() {
     let (database, client) = world("parked").await;
     let mut records = parts(5);
@@ -227,6 +256,48 @@ async fn a_record_that_cant_be_written_is_parked_and_the_others_go_on() {
     becomes(&client, "SELECT string_agg(sku, ' ' ORDER BY sku) FROM parts", "S1 S2 S3 S4 S5").await;
     becomes(&client, "SELECT count(*)::text FROM tidegate.parked", "0").await;
     running.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_parked_record_is_shown_copied_once_replayed_and_dropped() {
+    let (database, client) = world("letters").await;
+    let mut records = parts(4);
+    records[1]["price"] = json!("-1");
+    records[2]["price"] = json!("many");
+    let api = Api::start(records).await;
+    let systems = format!("systems: {{ api: {{ base_url: \"{}\" }} }}", api.url());
+    let workshop = Workshop::new(&database.url(), WorkerLog::Embedded, &systems);
+    workshop.connector("parts.yaml", &pull("/all", "errors.deadletterqueue.topic.name: dead.parts"));
+    let _worker = workshop.start().await;
+    becomes(&client, "SELECT count(*)::text FROM tidegate.parked", "2").await;
+    let listed: Value =
+        serde_json::from_str(&workshop.ask(["dead-letters", "list", "--output", "json"]).await).unwrap();
+    let id = |of: i64| {
+        let letters = listed.as_array().unwrap();
+        letters.iter().find(|letter| letter["key"]["id"] == of).unwrap()["id"].as_str().unwrap().to_owned()
+    };
+    let shown = workshop.ask(["dead-letters", "show", "parts", &id(2)]).await;
+    let shown: Value = serde_json::from_str(&shown).unwrap();
+    assert_eq!(shown["record"]["sku"], "S2", "{shown}");
+    assert!(shown["reason"].as_str().unwrap().contains("parts_price_check"), "{shown}");
+    // It comes with every listing, and is neither tried nor copied each time.
+    let runs = async || workshop.connector_status("parts").await["facts"]["runs"].as_u64().unwrap_or(0);
+    let before = runs().await;
+    eventually(Duration::from_secs(20), "three more runs", async || runs().await > before + 3).await;
+    assert_eq!(workshop.consume("dead.parts").await.len(), 2);
+    assert_eq!(text(&client, "SELECT string_agg(attempts::text, ' ') FROM tidegate.parked").await, "1 1");
+    // The table takes it by now; the other one is given up, though the listing still has it.
+    client.batch_execute("ALTER TABLE parts DROP CONSTRAINT parts_price_check").await.unwrap();
+    workshop.ask(["dead-letters", "replay", "parts", &id(2)]).await;
+    becomes(&client, "SELECT string_agg(sku, ' ' ORDER BY sku) FROM parts", "S1 S2 S4").await;
+    workshop.ask(["dead-letters", "drop", "parts", &id(3)]).await;
+    becomes(&client, "SELECT count(*)::text FROM tidegate.parked", "0").await;
+    let before = runs().await;
+    eventually(Duration::from_secs(20), "two more runs", async || runs().await > before + 2).await;
+    assert_eq!(count(&client, "tidegate.parked").await, 0);
+    // Put right upstream it is another record.
+    api.set(parts(4));
+    becomes(&client, "SELECT string_agg(sku, ' ' ORDER BY sku) FROM parts", "S1 S2 S3 S4").await;
 }
 
 #[tokio::test]
@@ -269,6 +340,66 @@ async fn a_killed_run_goes_on_at_its_page() {
     stage.run_once(&yaml).await;
     assert_eq!(count(&client, "parts").await, 20);
     assert!(proxy.seen()[0].path.contains("offset=10"), "{:?}", proxy.seen()[0]);
+}
+
+/// Ways of paging, with a page that is not the first, as the proxy sees its request.
+const WAYS: [(&str, &str, &str); 5] = [
+    ("/offset", "paginator: { type: offset, limit: 2 }", "offset=4"),
+    ("/page", "paginator: { type: page_number, limit_param: size, limit: 2 }\nrecords: .results", "page=3"),
+    (
+        "/cursor",
+        "paginator: { type: cursor, cursor_path: .paging.next, cursor_param: after }\nrecords: .data",
+        "after=4",
+    ),
+    ("/link", "paginator: { type: link }", "page=2"),
+    (
+        "/since",
+        "params: { since: '{{ $cursor }}', limit: 3 }\npaginator: { type: single, limit: 3 }",
+        "since=2026-01-01T00:00:05",
+    ),
+];
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_killed_between_pages_goes_on_at_its_page_whatever_the_way_and_skips_nothing() {
+    for (index, (request, paging, page)) in WAYS.into_iter().enumerate() {
+        let (database, client) = world("pages").await;
+        let api = Api::start(parts(7)).await;
+        let proxy = Proxy::start(api.address).await;
+        let systems = format!("systems: {{ api: {{ base_url: \"{}/v1\" }} }}", proxy.url());
+        let workshop = Workshop::new(&database.url(), WorkerLog::Embedded, &systems);
+        let incremental =
+            "incremental: { cursor: .at, tie_breaker: .id, initial: '2025-01-01T00:00:00Z', lookback: 5m }";
+        let mut yaml = pull(request, &format!("{paging}\n{incremental}"));
+        if index % 2 == 0 {
+            // A listing that was broken off goes on at once; the next one is a minute away.
+            yaml = yaml.replace("every: 150ms", "cron: '* * * * *'");
+        }
+        workshop.connector("parts.yaml", &yaml);
+        proxy.script(Script::on("GET", page, Fault::Delay(Duration::from_secs(60))).times(1));
+        let worker = workshop.start().await;
+        eventually(Duration::from_secs(20), &format!("{request}: {page}"), async || match proxy.count("GET", page) {
+            0 => Err(format!("{:?}", proxy.seen().iter().map(|seen| seen.path.clone()).collect::<Vec<_>>())),
+            _ => Ok(()),
+        })
+        .await;
+        worker.kill9().await;
+        let there = count(&client, "parts").await;
+        assert!((1..7).contains(&there), "{request}: {there} of 7 when it was killed");
+        proxy.forget_seen();
+        let _worker = workshop.start().await;
+        becomes(&client, "SELECT count(*)::text FROM parts", "7").await;
+        assert!(proxy.seen()[0].path.contains(page), "{request}: {:?}", proxy.seen()[0]);
+        assert_eq!(count(&client, "tidegate.links").await, 7);
+        if index % 2 == 1 {
+            // Committed late: before the cursor, within the lookback; and one of the cursor's own time.
+            api.inside
+                .lock()
+                .unwrap()
+                .records
+                .extend([part(8, "2026-01-01T00:00:02Z"), part(9, "2026-01-01T00:00:07Z")]);
+            becomes(&client, "SELECT count(*)::text FROM parts", "9").await;
+        }
+    }
 }
 
 #[tokio::test]

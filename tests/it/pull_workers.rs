@@ -45,8 +45,7 @@ async fn a_pull_runs_in_one_of_two_workers_and_is_taken_over_when_that_one_is_ki
         .await;
     let sql = database.connect().await;
     let api = Api::start(parts(40, "first")).await;
-    let [one, other] =
-        ["one", "other"].map(|name| workshop(&database.url(), &broker.bootstrap(), &api, name));
+    let [one, other] = ["one", "other"].map(|name| workshop(&database.url(), &broker.bootstrap(), &api, name));
     let count = async |what: &str| -> i64 {
         sql.query_one(&format!("SELECT count(*) FROM parts WHERE {what}"), &[]).await.unwrap().get(0)
     };

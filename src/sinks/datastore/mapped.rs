@@ -4,6 +4,7 @@
 //! it is only counted.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::PoisonError;
 
 use serde_json::{Map, Value};
 
@@ -129,6 +130,10 @@ impl Inside {
         let mut unchanged = 0;
         for (id, record, bad) in records {
             let link = links.remove(&id_text(&id));
+            if record.letter.is_none() && page.save.is_some() && self.was_refused(&id, &record.record) {
+                unchanged += 1;
+                continue;
+            }
             let listed = page.save.is_some() && record.letter.is_none() && bad.is_none();
             if listed
                 && let Some(link) = &link
@@ -164,6 +169,12 @@ impl Inside {
             mapped
         };
         Ok(MappedPage { mapped: drafts.into_iter().map(finish).collect(), unchanged, any_held })
+    }
+
+    /// This very record was parked, and comes again only since the listing does.
+    fn was_refused(&self, id: &Value, record: &Value) -> bool {
+        let refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        refused.get(&id_text(id)).is_some_and(|known| *known == super::hash(record))
     }
 
     /// The record is as it was last applied, and nothing was sent since.

@@ -18,6 +18,8 @@ pub struct TableSettings {
     /// Columns by which a record without a link finds a row that is already there.
     pub match_columns: Vec<String>,
     pub policy: Policy,
+    /// For `conflict: newest`.
+    pub newest: Option<Newest>,
     /// Of the record: its id in the system.
     pub id: Program,
     /// Of the record: whether it is wanted at all.
@@ -30,13 +32,25 @@ pub struct TableSettings {
     pub version: Option<Program>,
     /// Whether the row is linked with the record. False where a row is found through another row's link.
     pub link: bool,
+    /// Where copies of parked records go.
+    pub dead_letter_topic: Option<String>,
     pub lock_timeout: Duration,
     /// How soon a record that was held is tried again.
     pub held_retry: Duration,
 }
 
+/// When each side was changed.
+pub struct Newest {
+    /// Of the record: an ISO time.
+    pub record: Program,
+    /// Of the row: a timestamp.
+    pub column: String,
+    /// How far the two clocks may be apart.
+    pub skew: Duration,
+}
+
 impl TableSettings {
-    /// Takes `into`, `key`, `insert`, `match`, `conflict`, `owner`, `id`, `when`, `map`, `keep`, `version`,
+    /// Takes `into`, `key`, `insert`, `match`, `conflict`, `owner`, `newest`, `id`, `when`, `map`, `keep`, `version`,
     /// `link`, `lock.timeout`, `held.retry`.
     pub fn read(section: &mut Section, compiler: &Compiler, object: &str) -> Result<Self, ConfigError> {
         let into: Spanned<String> = section.require("into")?;
@@ -53,11 +67,6 @@ impl TableSettings {
         let owner: Option<BTreeMap<String, Owner>> = section.take("owner")?;
         let conflict: Option<Spanned<Conflict>> = section.take("conflict")?;
         let conflict = match (conflict.map(|conflict| conflict.value), &owner) {
-            (Some(Conflict::Newest), _) => {
-                return Err(section
-                    .error("conflict", "a pull does not know when a row was changed, so that `newest` can't be told")
-                    .hint("one of: hold, upstream, datastore, merge"));
-            }
             (Some(Conflict::Merge), None) => {
                 return Err(section
                     .error("conflict", "`conflict: merge` needs `owner`")
@@ -67,7 +76,26 @@ impl TableSettings {
             (Some(_), Some(_)) => return Err(section.error("owner", "`owner` goes with `conflict: merge` only")),
             (conflict, None) => conflict.unwrap_or(Conflict::Hold),
         };
-        let policy = Policy { conflict, owner: owner.unwrap_or_default(), skew: Duration::ZERO };
+        let newest = match (section.section("newest")?, conflict == Conflict::Newest) {
+            (None, false) => None,
+            (None, true) => {
+                return Err(section
+                    .error("conflict", "`conflict: newest` needs `newest`: when each side was changed")
+                    .hint("newest: { record: .updated_at, column: updated_at }"));
+            }
+            (Some(_), false) => return Err(section.error("newest", "`newest` goes with `conflict: newest` only")),
+            (Some(mut inner), true) => {
+                let newest = Newest {
+                    record: compiler.jq(&inner.require("record")?)?,
+                    column: inner.require("column")?,
+                    skew: inner.or("skew", Duration::from_secs(2))?,
+                };
+                inner.finish()?;
+                Some(newest)
+            }
+        };
+        let skew = newest.as_ref().map_or(Duration::ZERO, |newest| newest.skew);
+        let policy = Policy { conflict, owner: owner.unwrap_or_default(), skew };
         let key: Option<Vec<String>> = section.take("key")?;
         if key.as_ref().is_some_and(Vec::is_empty) {
             return Err(section.error("key", "`key` must name at least one column"));
@@ -77,12 +105,14 @@ impl TableSettings {
             insert: section.or("insert", true)?,
             match_columns: section.or("match.columns", Vec::new())?,
             policy,
+            newest,
             id,
             when: program(section.take("when")?)?,
             keep: program(section.take("keep")?)?,
             version: program(section.take("version")?)?,
             map: compiler.jq(&map)?,
             link,
+            dead_letter_topic: section.take("errors.deadletterqueue.topic.name")?,
             lock_timeout: section.or("lock.timeout", Duration::from_secs(2))?.max(Duration::from_millis(1)),
             held_retry: section.or("held.retry", Duration::from_secs(10))?,
             into,
@@ -91,7 +121,12 @@ impl TableSettings {
 
     /// Columns that the settings name, so that a wrong name is told before anything runs.
     pub fn named_columns(&self) -> impl Iterator<Item = &String> {
-        self.key.iter().flatten().chain(&self.match_columns).chain(self.policy.owner.keys())
+        self.key
+            .iter()
+            .flatten()
+            .chain(&self.match_columns)
+            .chain(self.policy.owner.keys())
+            .chain(self.newest.iter().map(|newest| &newest.column))
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use serde_json::{Map, Value, json};
 use tokio_postgres::error::SqlState;
@@ -16,7 +17,10 @@ use crate::datastore::{
 };
 use crate::event::Offset;
 use crate::log::ConsumedRecord;
-use crate::twoway::{Conflict, Direction, Incoming, MAX_FLIPS, Sent, Write, next_flips, order, same, what_to_write};
+use crate::mapping::Scope;
+use crate::twoway::{
+    Conflict, Direction, Incoming, MAX_FLIPS, Sent, Write, moment, next_flips, order, same, what_to_write,
+};
 
 /// Where a record's row was found.
 struct Target {
@@ -200,14 +204,18 @@ impl Inside {
             // Linked, and never agreed on: not overwritten.
             None => None,
         };
+        let newest = self.settings.newest.as_ref();
+        let time = |value: Value| moment(&value).map(SystemTime::from);
         let side = Incoming {
             incoming,
             incoming_base: mapped.before.as_ref(),
             row,
             row_base,
             sent: &mapped.sent,
-            incoming_time: None,
-            row_time: None,
+            incoming_time: newest
+                .and_then(|newest| newest.record.first(&mapped.record, &Scope::default()).ok())
+                .and_then(time),
+            row_time: newest.and_then(|newest| row.get(&newest.column).cloned()).and_then(time),
         };
         match what_to_write(&side, &self.settings.policy) {
             Write::Row { columns, .. } if !columns.is_empty() && flips(target.link.as_deref()) > MAX_FLIPS => {
@@ -455,11 +463,14 @@ impl Inside {
         let parked = NewParked {
             kind: ParkedKind::Rejected,
             waits_for: None,
-            reason: why,
+            reason: why.clone(),
             request,
             response: None,
             deadline_s: None,
         };
+        if let Some(dead_letters) = &self.dead_letters {
+            dead_letters.copy(&self.letter(mapped), &why).await.map_err(Stopped::Fault)?;
+        }
         self.replayed(transaction, mapped).await?;
         park(transaction, &self.connector, &parked_key(&mapped.id), &self.letter(mapped), &parked).await?;
         drop_held(transaction, &self.connector, &self.object, &mapped.id).await?;

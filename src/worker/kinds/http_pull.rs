@@ -54,6 +54,7 @@ impl Settings {
             context.datastore.clone(),
             Arc::clone(&context.status),
             hold,
+            &context.log,
         )
     }
 }
