@@ -109,9 +109,15 @@ impl World {
         self.base_row = Some(self.row.clone());
     }
 
+    /// A known limit, left out here: a value that was sent for the second time, and is put back for the second time
+    /// before a pull has looked in between, can't be told from one that the system does not take.
     fn edit_remote(&mut self, field: &str, value: Option<Value>) {
-        if let Some(value) = value {
-            self.remote.insert(field.to_owned(), value);
+        let Some(value) = value.filter(|value| *value != self.remote[field]) else { return };
+        let mut remote = self.remote.clone();
+        remote.insert(field.to_owned(), value);
+        let column = if field == "label" { "name" } else { "price" };
+        if self.answers || self.sent.tried(column).is_none_or(|tried| tried[1] != to_row(&remote)[column]) {
+            self.remote = remote;
         }
     }
 
@@ -212,7 +218,11 @@ proptest! {
                     world.edit_remote("label", name.map(|name| json!(name)));
                     world.edit_remote("amount", price.map(|price| json!(price)));
                 }
-                Step::PutBack => world.remote.extend(world.base_remote.clone().unwrap_or_default()),
+                Step::PutBack => {
+                    let seen = world.base_remote.clone().unwrap_or_default();
+                    world.edit_remote("label", seen.get("label").cloned());
+                    world.edit_remote("amount", seen.get("amount").cloned());
+                }
                 Step::Deliver => world.deliver(None),
                 Step::Lose(taken) => world.deliver(Some(taken)),
                 Step::Pull => world.pull(&policy),

@@ -51,7 +51,7 @@ async fn changes_on_both_sides_a_trigger_and_a_rounding_mapping_end_in_silence_a
             "CREATE TABLE customers (id bigint PRIMARY KEY, name text, price numeric(10,2));
              CREATE FUNCTION shout() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN NEW.name := upper(NEW.name); RETURN NEW; END $$;
              CREATE TRIGGER shout BEFORE INSERT OR UPDATE ON customers FOR EACH ROW EXECUTE FUNCTION shout();
-             INSERT INTO customers SELECT i, 'n' || i, 9.90 FROM generate_series(1, 6) i",
+             INSERT INTO customers SELECT i, 'n' || i, 9.90 FROM generate_series(1, 60) i",
         )
         .await;
     let sql = database.connect().await;
@@ -63,10 +63,10 @@ async fn changes_on_both_sides_a_trigger_and_a_rounding_mapping_end_in_silence_a
     let worker = workshop.start().await;
     let linked =
         "SELECT external_id FROM tidegate.links WHERE external_id IS NOT NULL AND intent IS NULL ORDER BY external_id";
-    let ids = eventually(Duration::from_secs(60), "six parties", async || {
+    let ids = eventually(Duration::from_secs(60), "the parties", async || {
         let rows = sql.query(linked, &[]).await.unwrap_or_default();
         let ids: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
-        if ids.len() == 6 { Ok(ids) } else { Err(workshop.connector_status("customers").await.to_string()) }
+        if ids.len() == 60 { Ok(ids) } else { Err(workshop.connector_status("customers").await.to_string()) }
     })
     .await;
     workshop.connector("parties.yaml", UP);
@@ -75,7 +75,7 @@ async fn changes_on_both_sides_a_trigger_and_a_rounding_mapping_end_in_silence_a
     let mut turn = 0usize;
     while start.elapsed() < EDITING {
         turn += 1;
-        let (row, party) = (turn % 6 + 1, &ids[turn * 5 % 6]);
+        let (row, party) = (turn % 60 + 1, &ids[turn * 7 % 60]);
         let cents = turn * 37 % 10_000;
         let update = format!("UPDATE customers SET name = 'shop{turn}', price = {cents} / 100.0 WHERE id = {row}");
         sql.batch_execute(&update).await.unwrap();
@@ -89,20 +89,20 @@ async fn changes_on_both_sides_a_trigger_and_a_rounding_mapping_end_in_silence_a
             .query_one(
                 "SELECT (SELECT sum(c.xmin::text::bigint)::text FROM customers c), \
                      (SELECT count(*) FROM tidegate.links WHERE intent IS NOT NULL), \
-                     (SELECT count(*) FROM tidegate.parked), (SELECT count(*) FROM tidegate.held)",
+                     (SELECT count(*) FROM tidegate.held), (SELECT json_agg(p.reason)::text FROM tidegate.parked p)",
                 &[],
             )
             .await
             .unwrap();
         let written: Option<String> = row.get(0);
-        let open: (i64, i64, i64) = (row.get(1), row.get(2), row.get(3));
+        let open: (i64, i64, Option<String>) = (row.get(1), row.get(2), row.get(3));
         let lag = workshop.connector_status("customers").await["lag_events"].as_i64();
         (proxy.count("PUT", "") + proxy.count("POST", ""), written, open, lag)
     };
     let mut last = (moves().await, Instant::now());
     eventually(Duration::from_secs(90), "silence", async || {
         let now = moves().await;
-        if now != last.0 || now.2 != (0, 0, 0) || now.3 != Some(0) {
+        if now != last.0 || now.2 != (0, 0, None) || now.3 != Some(0) {
             last = (now.clone(), Instant::now());
         }
         if last.1.elapsed() > SILENCE { Ok(()) } else { Err(format!("{now:?}")) }
@@ -114,7 +114,8 @@ async fn changes_on_both_sides_a_trigger_and_a_rounding_mapping_end_in_silence_a
 
     let rows =
         sql.query("SELECT 'C' || id, name || ' ' || floor(price) FROM customers ORDER BY id", &[]).await.unwrap();
-    let rows: Vec<(String, String)> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+    let mut rows: Vec<(String, String)> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+    rows.sort();
     assert_eq!(crate::delivery::parties(&tryton).await, rows);
     assert_eq!(worker.exited(), None, "{}", worker.log_end(20));
 }

@@ -41,6 +41,7 @@ impl Tenure {
         let name = format!("pull/{}", context.name);
         let owner = format!("{}:{}", context.name, uuid::Uuid::new_v4().simple());
         let mut control = context.control.clone();
+        let mut told = false;
         let lease = loop {
             let client = context.datastore.client().await?;
             let taken = match alone {
@@ -52,7 +53,7 @@ impl Tenure {
             if let Some(lease) = taken {
                 break lease;
             }
-            if context.status.state() != ConnectorState::Running {
+            if !std::mem::replace(&mut told, true) {
                 tracing::info!(connector = %context.name, "stands by: another worker runs this pull");
                 context.status.set_state(ConnectorState::Running);
                 context.status.set_fact("standby", true);
