@@ -59,6 +59,8 @@ struct Inside {
     table: tokio::sync::Mutex<Option<Arc<Table>>>,
 }
 
+/// The datastore ends a transaction in which nothing is asked for so long.
+const STANDSTILL: Duration = Duration::from_secs(10);
 /// Records whose refusal is remembered; beyond it they are tried anew.
 const MOST_REFUSED: usize = 10_000;
 
@@ -254,8 +256,11 @@ impl Inside {
         tag(&transaction, &origin).await?;
         // Deferred constraints would only speak up at commit, and take the whole page with them.
         let settings = format!(
-            "SET LOCAL lock_timeout = '{}ms'; SET CONSTRAINTS ALL IMMEDIATE",
-            self.settings.lock_timeout.as_millis()
+            "SET LOCAL lock_timeout = '{}ms'; SET LOCAL idle_in_transaction_session_timeout = '{}s'; \
+             SET CONSTRAINTS ALL IMMEDIATE",
+            self.settings.lock_timeout.as_millis(),
+            // A worker that stands still here holds the pull's lease.
+            STANDSTILL.as_secs()
         );
         transaction.batch_execute(&settings).await?;
         if let Some(hold) = &self.hold {

@@ -777,7 +777,7 @@ request: GET /product.product
 params:
   f: [code, name, default_uom, list_price_used, write_date, create_date]
   d: '{{ ($cursor | undt) as $t | [["OR", ["write_date", ">=", $t], ["create_date", ">=", $t]]] | q }}'
-paginator: { type: offset, limit_param: s, offset_param: p, limit: 25 }
+paginator: { type: offset, limit_param: s, offset_param: p, limit: 100, stop: short }
 incremental: { cursor: "(.write_date // .create_date) | dt", tie_breaker: .id, initial: "1970-01-01T00:00:00Z", lookback: 10m }
 into: public.products
 match: { columns: [sku] }
@@ -812,5 +812,27 @@ map: '{ product_id: local("product"; .id), on_hand: .quantity }'
     tryton.erp.put(&format!("product.template/{}", mug["template"]), json!({"name": "Mug, blue"})).await;
     tryton.erp.put(&format!("product.product/{}", mug["id"]), json!({"description": "touched"})).await;
     becomes(&client, "SELECT name FROM products WHERE sku = 'MUG-01'", "Mug, blue").await;
+
+    // From now on every run reads what lies within the lookback once more, and leaves everything as it is.
+    running.ended_a_run().await;
+    running.ended_a_run().await;
+    let runs = || running.status.facts()["runs"].as_u64().unwrap();
+    let asked = || tryton.log().lines().filter(|line| line.contains("/product.product?")).count() as u64;
+    let written = async || {
+        let tables = "tidegate.links UNION ALL SELECT xmin FROM tidegate.cursors UNION ALL SELECT xmin FROM products";
+        text(&client, &format!("SELECT md5(string_agg(xmin::text, ',')) FROM (SELECT xmin FROM {tables}) t")).await
+    };
+    let committed = async || {
+        let row = client.query_one("SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()", &[]);
+        row.await.unwrap().get::<_, i64>(0)
+    };
+    let (first, asked_before, written_before, committed_before) = (runs(), asked(), written().await, committed().await);
+    eventually(Duration::from_secs(60), "thirty runs", async || runs() >= first + 30).await;
+    let (ran, requests) = (runs() - first, asked() - asked_before);
+    let transactions = committed().await - committed_before;
+    println!("{ran} idle runs: {requests} requests, {transactions} reading transactions");
+    assert_eq!(written().await, written_before);
+    assert!(requests <= ran + 2, "{requests} requests for {ran} runs");
+    assert!(transactions <= 6 * ran as i64, "{transactions} transactions for {ran} runs");
     running.stop().await.unwrap();
 }

@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 
 use crate::support::{Api, Kafka, Postgres, Process, Version, WorkerLog, Workshop, eventually};
 
-/// The lease's time, the other's look, and some for a slow machine.
-const TAKEN_OVER: Duration = Duration::from_secs(30);
+/// The lease's time, that of a transaction which stands still, the other's look, and some for a slow machine.
+const TAKEN_OVER: Duration = Duration::from_secs(45);
 
 fn parts(count: i64, name: &str) -> Vec<Value> {
     (1..=count).map(|id| json!({"id": id, "sku": format!("S{id}"), "name": name})).collect()

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::datastore::{Datastore, DatastoreError, Transaction};
+use crate::datastore::{Datastore, DatastoreError, DatastoreErrorKind, Transaction};
 use crate::datastore::{Lease, acquire_lease, holds_lease, release_leases, seize_lease};
 use crate::pipeline::{ConnectorContext, ConnectorState, Fault, Signal};
 
@@ -47,7 +47,11 @@ impl Tenure {
             let taken = match alone {
                 // Whoever had it before is surely gone.
                 true => Some(seize_lease(&client, &name, &owner, TIME).await?),
-                false => acquire_lease(&client, &name, &owner, TIME).await?,
+                false => match acquire_lease(&client, &name, &owner, TIME).await {
+                    // A transaction of the one that has it is under way.
+                    Err(error) if error.kind == DatastoreErrorKind::Conflict => None,
+                    taken => taken?,
+                },
             };
             drop(client);
             if let Some(lease) = taken {
