@@ -305,8 +305,8 @@ impl Delivery {
             };
             body = Some(base.map_or_else(|| now.clone(), |base| difference(&base, &now)));
         }
-        let Intent { document, owed, idempotency_key, .. } = intent;
-        let decision = Decision { doing, document, owed, body, idempotency_key, begun };
+        let Intent { document, owed, sent, idempotency_key, .. } = intent;
+        let decision = Decision { doing, document, owed, sent, body, idempotency_key, begun };
         self.prepare(client, &mut answers, link, decision).await
     }
 
