@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::datastore::{Datastore, DatastoreError, DatastoreErrorKind, Transaction};
+use crate::datastore::{Datastore, DatastoreErrorKind, Transaction};
 use crate::datastore::{Lease, acquire_lease, holds_lease, release_leases, seize_lease};
 use crate::pipeline::{ConnectorContext, ConnectorState, Fault, Signal};
 
@@ -131,7 +131,7 @@ async fn renew(datastore: Datastore, lease: Lease, lost: watch::Sender<bool>) {
         tokio::time::sleep(RENEW).await;
         let renewed = async {
             let client = datastore.client().await?;
-            Ok::<_, DatastoreError>(acquire_lease(&client, &lease.name, &lease.owner, TIME).await?)
+            acquire_lease(&client, &lease.name, &lease.owner, TIME).await
         };
         match tokio::time::timeout(TIME, renewed).await {
             Ok(Ok(Some(held))) if held.generation == lease.generation => {}
