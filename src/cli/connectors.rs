@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::ask::Ask;
 use super::output::{self, Table};
@@ -51,10 +51,15 @@ enum Command {
         #[arg(long, conflicts_with = "to", value_name = "JSON")]
         cursor: Option<String>,
     },
-    /// Start anew under the identity (slot, prefix, database) that the file has now
+    /// Start anew under the identity (database, slot, topic prefix …) that the file has now
     Migrate { connector: String },
-    /// Remove what a connector without a file has left: its slot, its consumer group
-    Forget { connector: String },
+    /// Remove what a connector without a file has left: its slot and publication, its consumer group
+    Forget {
+        connector: String,
+        /// Leave slot and publication as they are: their server is gone, or was seen to by hand
+        #[arg(long)]
+        keep_slot: bool,
+    },
 }
 
 impl Connectors {
@@ -69,7 +74,7 @@ impl Connectors {
             Command::Resume { connector } => (connector, "resume", None),
             Command::Restart { connector } => (connector, "restart", None),
             Command::Migrate { connector } => (connector, "migrate", None),
-            Command::Forget { connector } => (connector, "forget", None),
+            Command::Forget { connector, keep_slot } => (connector, "forget", Some(json!({ "keep_slot": keep_slot }))),
             Command::Reset { connector, to, cursor } => {
                 let to = reset_to(to, cursor)?;
                 (connector, "reset", Some(reset_body(&to)))

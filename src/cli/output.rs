@@ -103,29 +103,14 @@ pub fn bytes(bytes: u64) -> String {
     if unit == 0 { format!("{bytes} B") } else { format!("{size:.1} {}", units[unit]) }
 }
 
-/// `850 ms`, `12 s`, `3m 20s`, `2h 5m`
-pub fn seconds(seconds: f64) -> String {
-    let whole = seconds.max(0.0) as u64;
-    match whole {
-        0 => format!("{:.0} ms", seconds.max(0.0) * 1000.0),
-        1..60 => format!("{whole} s"),
-        60..3600 => format!("{}m {}s", whole / 60, whole % 60),
-        3600..172_800 => format!("{}h {}m", whole / 3600, whole / 60 % 60),
-        _ => format!("{}d {}h", whole / 86_400, whole / 3600 % 24),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn sizes_and_times_read_well() {
+    fn sizes_read_well() {
         assert_eq!(bytes(999), "999 B");
         assert_eq!(bytes(1_400_000), "1.4 MB");
-        assert_eq!(seconds(0.85), "850 ms");
-        assert_eq!(seconds(200.0), "3m 20s");
-        assert_eq!(seconds(7500.0), "2h 5m");
     }
 
     #[test]

@@ -50,6 +50,9 @@ impl Plan {
             well &= planned.as_ref().is_ok_and(|plan| plan.problems.is_empty());
             plans.push((loaded.name, planned.map_err(|fault| fault.to_string())));
         }
+        if self.connectors.is_empty() {
+            well &= nothing_awaited_in_vain(&mut plans);
+        }
         for wanted in &self.connectors {
             if !plans.iter().any(|(name, _)| name == wanted) {
                 return Err(CliError::new(super::FAILED, format!("there is no connector '{wanted}'")));
@@ -80,6 +83,27 @@ impl Plan {
 }
 
 type Planned = (String, Result<crate::pipeline::Plan, String>);
+
+/// A topic that a sink awaits and no capture here makes is a problem, unless another worker's does. False: there is one.
+fn nothing_awaited_in_vain(plans: &mut [Planned]) -> bool {
+    let topics = |plans: &[Planned], awaited: bool| -> Vec<String> {
+        let steps = plans.iter().filter_map(|(_, plan)| plan.as_ref().ok()).flat_map(|plan| &plan.steps);
+        let of = steps.filter(|step| step.what == "topic" && (step.action == "await") == awaited);
+        of.map(|step| step.name.clone()).collect()
+    };
+    let made = topics(plans, false);
+    let mut well = true;
+    for (_, plan) in plans.iter_mut() {
+        let Ok(plan) = plan else { continue };
+        for step in plan.steps.iter().filter(|step| step.what == "topic" && step.action == "await") {
+            if !made.contains(&step.name) {
+                well = false;
+                plan.problems.push(format!("topic {} is not there, and no capture here makes it", step.name));
+            }
+        }
+    }
+    well
+}
 
 fn text(plans: &[Planned], sql: &[String]) -> String {
     let mut text = String::new();
@@ -116,5 +140,5 @@ fn text(plans: &[Planned], sql: &[String]) -> String {
 }
 
 fn script(sql: &[String]) -> String {
-    sql.iter().map(|statement| format!("{};\n", statement.trim_end().trim_end_matches(';'))).collect()
+    sql.iter().map(|statement| format!("{}\n", statement.trim_end())).collect()
 }

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Args;
+use serde_json::Value;
 
 use super::output;
 use super::{CliError, FAILED, Global, UNREACHABLE};
@@ -45,7 +46,8 @@ impl Preview {
             let error = CliError::new(FAILED, format!("there is no connector '{}'", self.connector));
             return Err(error.hint(format!("there are: {}", names.join(", "))));
         };
-        let resources = Resources::open_for(&settings, Access::Read).await?;
+        let mut resources = Resources::open_for(&settings, Access::Plan).await?;
+        resources.datastore = resources.datastore.for_looking().await?;
         let shown = loaded
             .connector
             .preview(&resources.still(&loaded.name), self.limit)
@@ -57,9 +59,41 @@ impl Preview {
             output::print("nothing to do now\n")?;
         } else {
             for one in &shown {
-                output::print_json(one)?;
+                output::print(&for_people(one))?;
             }
         }
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// What is done with which record in one line, below it the requests with their bodies, and what else there is to say.
+fn for_people(one: &Value) -> String {
+    let Some(fields) = one.as_object() else { return format!("{one}\n") };
+    let word =
+        |name: &str| fields.get(name).map(|value| value.as_str().map_or_else(|| value.to_string(), str::to_owned));
+    let mut text = format!(
+        "{} {}\n",
+        word("does").or(word("do")).unwrap_or_default(),
+        word("key").or(word("record")).or(word("id")).unwrap_or_default()
+    );
+    for request in fields.get("requests").and_then(Value::as_array).into_iter().flatten() {
+        let Some(request) = request.as_object() else {
+            text.push_str(&format!("  {}\n", request.as_str().unwrap_or_default()));
+            continue;
+        };
+        let line = request.get("request").and_then(Value::as_str).unwrap_or_default();
+        text.push_str(&format!("  {line}\n"));
+        for (name, value) in request.iter().filter(|(name, value)| *name != "request" && !is_empty(value)) {
+            text.push_str(&format!("    {name} {value}\n"));
+        }
+    }
+    let told = ["does", "do", "key", "record", "requests"];
+    for (name, value) in fields.iter().filter(|(name, value)| !told.contains(&name.as_str()) && !value.is_null()) {
+        text.push_str(&format!("  {name} {}\n", value.as_str().map_or_else(|| value.to_string(), str::to_owned)));
+    }
+    text
+}
+
+fn is_empty(value: &Value) -> bool {
+    value.is_null() || value.as_object().is_some_and(serde_json::Map::is_empty)
 }

@@ -12,12 +12,15 @@ use crate::worker::{Worker, WorkerSettings};
 
 /// Threads that run connectors: their work waits more than it computes.
 const MOST_THREADS: usize = 4;
+/// Ended by a second signal.
+const AT_ONCE: u8 = 130;
 
 /// Run every connector of the connectors folder, until SIGTERM or Ctrl-C
 ///
 /// The folder is watched: a new, changed or removed file takes effect at once, and disturbs no other connector.
-/// The first signal drains what is in flight and stops, within the deadline of `shutdown.deadline`; a second one
-/// stops at once. Nothing is lost either way, nor by kill -9.
+/// The first signal drains what is in flight and stops: `shutdown.deadline` is how long that may take, after which
+/// what is in flight is dropped, and the process is gone within 9 s more. A second signal stops at once. Nothing is
+/// lost either way, nor by kill -9. Exit code 0 after the first signal, 130 after the second.
 #[derive(Args)]
 #[command(after_help = "\
 Examples:
@@ -44,8 +47,11 @@ impl Run {
             .enable_all()
             .build()?;
         let done = runtime.block_on(serve(settings, metrics));
-        // Blocking work that hangs (a dead disk) must not keep the process.
-        runtime.shutdown_timeout(Duration::from_secs(2));
+        match &done {
+            Ok(code) if *code == ExitCode::from(AT_ONCE) => runtime.shutdown_background(),
+            // Blocking work that hangs (a dead disk) must not keep the process.
+            _ => runtime.shutdown_timeout(Duration::from_secs(1)),
+        }
         done
     }
 }
@@ -74,7 +80,7 @@ async fn serve(settings: WorkerSettings, metrics: Metrics) -> Result<ExitCode, C
         stopped = worker.stop() => stopped,
         () = either(&mut terminate, &mut interrupt) => {
             tracing::warn!("stopped at once; what was in flight is done again at the next start");
-            return Ok(ExitCode::from(130));
+            return Ok(ExitCode::from(AT_ONCE));
         }
     };
     server.stop().await;

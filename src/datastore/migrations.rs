@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use deadpool_postgres::{GenericClient, Transaction};
+use deadpool_postgres::GenericClient;
 
 use super::{Datastore, DatastoreError, DatastoreErrorKind};
 use crate::event::OWN_SCHEMA;
@@ -48,15 +48,26 @@ pub(super) async fn migrate(datastore: &Datastore) -> Result<(), DatastoreError>
 async fn try_migrate(datastore: &Datastore) -> Result<(), DatastoreError> {
     let mut client = datastore.client().await?;
     let transaction = client.transaction().await?;
+    make(&transaction, &datastore.settings().place()).await?;
+    transaction.commit().await?;
+    Ok(())
+}
+
+/// Whether the schema is there, in its newest version.
+pub(super) async fn is_whole<C: GenericClient>(client: &C) -> Result<bool, DatastoreError> {
+    Ok(look(client).await?.version == newest())
+}
+
+/// Makes what is missing, within the transaction that `client` is in; `place` is for errors.
+pub(super) async fn make<C: GenericClient>(transaction: &C, place: &str) -> Result<(), DatastoreError> {
     transaction.execute("SELECT pg_advisory_xact_lock($1)", &[&LOCK]).await?;
-    let state = look(&transaction).await?;
+    let state = look(transaction).await?;
     if state.version == newest() {
         return Ok(());
     }
     if let Some(missing) = what_is_missing(&state) {
         return Err(DatastoreError::setup(format!(
-            "datastore {}: {}; hint: have a DBA run:\n  {}",
-            datastore.settings().place(),
+            "datastore {place}: {}; hint: have a DBA run:\n  {}",
             missing.problem,
             missing.sql.join("\n  ")
         )));
@@ -77,14 +88,11 @@ async fn try_migrate(datastore: &Datastore) -> Result<(), DatastoreError> {
         })?;
         transaction.execute("INSERT INTO tidegate.migrations (version) VALUES ($1)", &[version]).await?;
     }
-    transaction.commit().await?;
     Ok(())
 }
 
 pub(super) async fn missing(datastore: &Datastore) -> Result<Option<Missing>, DatastoreError> {
-    let mut client = datastore.client().await?;
-    let transaction = client.transaction().await?;
-    let state = look(&transaction).await?;
+    let state = look(&datastore.client().await?).await?;
     Ok(if state.version == newest() { None } else { what_is_missing(&state) })
 }
 
@@ -101,7 +109,7 @@ fn newest() -> i32 {
     VERSIONS.last().map_or(0, |(version, _)| *version)
 }
 
-async fn look(transaction: &Transaction<'_>) -> Result<State, DatastoreError> {
+async fn look<C: GenericClient>(transaction: &C) -> Result<State, DatastoreError> {
     let row = transaction
         .query_one(
             "SELECT current_user::text, n.oid IS NOT NULL, to_regclass('tidegate.migrations') IS NOT NULL, \

@@ -6,6 +6,7 @@
 
 mod cursors;
 mod error;
+mod grants;
 mod history;
 mod leases;
 mod links;
@@ -27,6 +28,7 @@ pub use cursors::{
 };
 pub use deadpool_postgres::{Client, GenericClient, Transaction};
 pub use error::{DatastoreError, DatastoreErrorKind};
+pub use grants::missing_grants;
 pub use history::restored_at;
 pub use leases::{Lease, acquire_lease, holds_lease, lease_owner_alive, release_leases, renew_leases, seize_lease};
 pub use links::{
@@ -40,7 +42,7 @@ pub use pages::{
     rows_of_page, rows_that_match, update_row,
 };
 pub use parked::{
-    Command, NewParked, Owned, Parked, ParkedKind, ParkedSummary, command_parked, list_parked, owe, park,
+    Command, NewParked, Owned, Parked, ParkedKind, ParkedSummary, command_parked, has_parked, list_parked, owe, park,
     parked_counts, parked_places, parked_queue, parked_ready, show_parked, unpark,
 };
 pub use rows::{
@@ -70,6 +72,21 @@ impl std::fmt::Debug for Datastore {
 }
 
 impl Datastore {
+    /// This datastore, for looking only: where the schema `tidegate` is not there yet, as if it were. It is then one
+    /// connection in a transaction that made the schema and is never committed, so hold one client at a time.
+    pub async fn for_looking(&self) -> Result<Self, DatastoreError> {
+        if migrations::is_whole(&self.client().await?).await? {
+            return Ok(self.clone());
+        }
+        let mut settings = self.settings.clone();
+        settings.pool_size = 1;
+        let trial = Datastore::open(&settings)?;
+        let client = trial.client().await?;
+        client.batch_execute("BEGIN").await?;
+        migrations::make(&client, &self.settings.place()).await?;
+        Ok(trial)
+    }
+
     /// Makes the pool; connects only when a client is asked for.
     pub fn open(settings: &DatastoreSettings) -> Result<Self, DatastoreError> {
         let manager = Manager::from_config(

@@ -263,6 +263,12 @@ pub async fn parked_ready<C: GenericClient>(
     Ok(client.query(&select, &owned).await?.iter().map(parked).collect())
 }
 
+/// Whether anything was ever parked here: the first connector that may park makes the table.
+pub async fn has_parked<C: GenericClient>(client: &C) -> Result<bool, DatastoreError> {
+    let row = client.query_one("SELECT to_regclass('tidegate.parked') IS NOT NULL", &[]).await?;
+    Ok(row.get(0))
+}
+
 /// How many are parked, by connector and kind; of one connector or all.
 pub async fn parked_counts<C: GenericClient>(
     client: &C,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use parking::Mutex;
 use serde::Serialize;
@@ -13,6 +13,9 @@ use tokio_util::sync::CancellationToken;
 use crate::datastore::Datastore;
 use crate::log::Log;
 use crate::registry::Registry;
+
+/// A lag is told every second or so; one older than this grows by its age.
+const LAG_TOLD: Duration = Duration::from_secs(8);
 
 /// Everything a connector may use. Cheap to clone.
 #[derive(Clone)]
@@ -123,6 +126,8 @@ struct Inside {
     state: Option<ConnectorState>,
     last_error: Option<(SystemTime, String)>,
     lag: Lag,
+    lag_told: Option<Instant>,
+    moved: Option<Instant>,
     progress: Option<String>,
     facts: BTreeMap<String, serde_json::Value>,
 }
@@ -167,11 +172,25 @@ impl Status {
     }
 
     pub fn set_lag(&self, lag: Lag) {
-        self.inside.lock().lag = lag;
+        let mut inside = self.inside.lock();
+        (inside.lag, inside.lag_told) = (lag, Some(Instant::now()));
     }
 
+    /// As it was told last; its seconds go on while nothing tells (the other side is away, or the connector failed).
     pub fn lag(&self) -> Lag {
-        self.inside.lock().lag
+        let inside = self.inside.lock();
+        let silent = inside.lag_told.map_or(Duration::ZERO, |told| told.elapsed());
+        let more = if silent > LAG_TOLD { silent.as_secs_f64() } else { 0.0 };
+        Lag { seconds: inside.lag.seconds.map(|seconds| seconds + more), ..inside.lag }
+    }
+
+    /// Something of the batch in work is done: a destination that takes long is told from one that is stuck.
+    pub fn set_moved(&self) {
+        self.inside.lock().moved = Some(Instant::now());
+    }
+
+    pub fn moved(&self) -> Option<Instant> {
+        self.inside.lock().moved
     }
 
     /// One line on long work (rows, rate, time left); `None` when it is over.
@@ -220,7 +239,7 @@ pub struct Plan {
 
 #[derive(Clone, Debug, Serialize)]
 pub struct PlanStep {
-    /// `create`, `change`, `keep`, `drop`.
+    /// `create`, `change`, `keep`, `drop`; `await`: another connector makes it.
     pub action: &'static str,
     /// `slot`, `publication`, `topic`, `subject`, `table`, `group`.
     pub what: &'static str,

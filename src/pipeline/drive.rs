@@ -367,8 +367,10 @@ impl<S: Source> Intake<S> {
         Ok(())
     }
 
+    /// Nothing in flight has moved for long: no batch has landed, nor anything within one.
     fn stalled(&self) -> bool {
-        !self.flight.is_empty() && self.landed_at.elapsed() > STALLED
+        let within = self.status.moved().is_some_and(|moved| moved.elapsed() <= STALLED);
+        !self.flight.is_empty() && !within && self.landed_at.elapsed() > STALLED
     }
 
     /// Shows a state of rest, remembering the working state that it interrupts.

@@ -10,6 +10,7 @@ mod context;
 mod drive;
 mod fault;
 mod meters;
+pub mod progress;
 
 use std::pin::Pin;
 

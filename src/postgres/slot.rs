@@ -10,7 +10,7 @@ use super::{PostgresError, Session, literal};
 const DEADLINE: Duration = Duration::from_secs(20);
 
 /// A row of `pg_replication_slots`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Slot {
     pub plugin: String,
     pub database: String,

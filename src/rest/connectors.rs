@@ -41,7 +41,10 @@ async fn command(
         "resume" => worker.set_paused(&name, false).await.map(|()| format!("'{name}' goes on")),
         "restart" => worker.restart(&name).await.map(|()| format!("'{name}' restarts")),
         "migrate" => worker.migrate(&name).await,
-        "forget" => worker.forget(&name).await,
+        "forget" => {
+            let keep_slot = body.as_ref().is_some_and(|Json(body)| body["keep_slot"] == true);
+            worker.forget(&name, keep_slot).await
+        }
         "reset" => match body.as_ref().and_then(|Json(body)| reset_to(body)) {
             Some(to) => worker.reset(&name, to).await,
             None => {

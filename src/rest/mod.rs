@@ -30,7 +30,7 @@ use crate::worker::Worker;
 
 const BODY: usize = 1 << 20;
 const REQUEST: Duration = Duration::from_secs(150);
-const CLOSE: Duration = Duration::from_secs(3);
+const CLOSE: Duration = Duration::from_secs(1);
 
 #[derive(Clone)]
 struct Shared {

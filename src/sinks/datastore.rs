@@ -23,8 +23,8 @@ use async_trait::async_trait;
 use serde_json::Value;
 
 use crate::datastore::{
-    Access, ColumnFacts, Datastore, DatastoreError, DatastoreErrorKind, columns_of, drop_unlisted, id_text,
-    primary_key, save_cursor, tag,
+    Access, ColumnFacts, Datastore, DatastoreError, DatastoreErrorKind, Missing, columns_of, drop_unlisted, id_text,
+    missing_grants, primary_key, save_cursor, tag,
 };
 use crate::event::Origin;
 use crate::log::Log;
@@ -144,25 +144,32 @@ impl DatastoreSink {
         }
     }
 
-    /// What keeps the pull from writing: a missing table or column.
-    pub async fn problems(&self) -> Result<Vec<String>, Fault> {
+    /// What keeps the pull from writing: a missing right, table or column; and what a DBA may do about it, as SQL.
+    pub async fn problems(&self) -> Result<Vec<Missing>, Fault> {
         let inside = &self.0;
         let client = inside.datastore.client().await?;
         let into = &inside.settings.into;
+        let wanted: &[&str] =
+            if inside.settings.insert { &["SELECT", "INSERT", "UPDATE"] } else { &["SELECT", "UPDATE"] };
+        if let Some(missing) = missing_grants(&client, into, wanted).await? {
+            // Without the right to look there is no telling what else is wrong.
+            return Ok(vec![missing]);
+        }
+        let told = |problem: String| Missing { problem, sql: Vec::new() };
         let columns = columns_of(&client, into).await?;
         if columns.is_empty() {
-            return Ok(vec![format!("table {into} does not exist")]);
+            return Ok(vec![told(format!("table {into} does not exist"))]);
         }
         let has = |wanted: &String| columns.iter().any(|column| column.name == *wanted);
-        let mut problems: Vec<String> = inside
+        let mut problems: Vec<Missing> = inside
             .settings
             .named_columns()
             .filter(|column| !has(column))
-            .map(|column| format!("table {into} has no column '{column}'"))
+            .map(|column| told(format!("table {into} has no column '{column}'")))
             .collect();
         if inside.settings.key.is_none() && primary_key(&client, into).await?.is_empty() {
-            problems
-                .push(format!("table {into} has no primary key; name the columns that tell its rows apart as `key`"));
+            let problem = "has no primary key; name the columns that tell its rows apart as `key`";
+            problems.push(told(format!("table {into} {problem}")));
         }
         Ok(problems)
     }

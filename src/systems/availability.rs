@@ -3,7 +3,6 @@
 use serde_json::Value;
 use tokio::time::Instant;
 
-use super::breaker::BreakerState;
 use super::exchange::NO_ANSWER;
 use super::system::{System, lock};
 use super::{Answer, HttpRequest, HttpResponse};
@@ -50,8 +49,6 @@ impl System {
         if opened {
             tracing::warn!(system = self.name(), reason = %self.breaker.reason(), "the system is unavailable");
         }
-        metrics::gauge!("tidegate_system_breaker_open", "system" => self.name().to_owned())
-            .set(if self.breaker() == BreakerState::Closed { 0.0 } else { 1.0 });
         if opened {
             self.watch_breaker();
         }
@@ -77,7 +74,6 @@ impl System {
                 let probed = system.probe(Instant::now()).await;
                 if probed.ok {
                     system.breaker.close();
-                    metrics::gauge!("tidegate_system_breaker_open", "system" => system.name().to_owned()).set(0.0);
                     tracing::info!(system = system.name(), "the system is back");
                     return;
                 }

@@ -168,7 +168,7 @@ impl System {
             ("class", answer.class().to_owned()),
         ];
         metrics::counter!("tidegate_system_requests_total", &labels).increment(1);
-        metrics::histogram!("tidegate_system_request_seconds", "system" => self.name().to_owned())
+        metrics::histogram!("tidegate_system_request_duration_seconds", "system" => self.name().to_owned())
             .record(began.elapsed().as_secs_f64());
         answer
     }

@@ -50,7 +50,11 @@ pub async fn list(
     connector: Option<&str>,
     limit: i64,
 ) -> Result<Vec<ParkedSummary>, DatastoreError> {
-    datastore::list_parked(&datastore.client().await?, connector, limit).await
+    let client = datastore.client().await?;
+    if !datastore::has_parked(&client).await? {
+        return Ok(Vec::new());
+    }
+    datastore::list_parked(&client, connector, limit).await
 }
 
 /// The letter with its record decoded, as JSON.

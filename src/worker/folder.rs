@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -22,7 +23,16 @@ const LOOK: Duration = Duration::from_secs(10);
 /// Connector files by path, with their text.
 pub type Files = BTreeMap<PathBuf, String>;
 
-type Stamps = BTreeMap<PathBuf, (u64, Option<SystemTime>)>;
+/// What tells that a file is another than before: its size, its time, and (for links that were turned to another
+/// file, as Kubernetes does) which file it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Stamp {
+    size: u64,
+    modified: Option<SystemTime>,
+    file: (u64, u64),
+}
+
+type Stamps = BTreeMap<PathBuf, Stamp>;
 
 pub struct Folder {
     path: PathBuf,
@@ -30,6 +40,8 @@ pub struct Folder {
     /// `None` where the system has no file events to give.
     _watcher: Option<notify::RecommendedWatcher>,
     seen: Stamps,
+    /// The folder could not be read when it was last looked at.
+    unreadable: bool,
 }
 
 impl Folder {
@@ -47,38 +59,40 @@ impl Folder {
         if let Err(error) = &watcher {
             tracing::warn!("no file events for {}: looking every {LOOK:?} instead ({error})", path.display());
         }
-        Ok(Folder { path: path.to_owned(), events, _watcher: watcher.ok(), seen: Stamps::new() })
+        Ok(Folder { path: path.to_owned(), events, _watcher: watcher.ok(), seen: Stamps::new(), unreadable: false })
     }
 
     /// The files as they are now.
     pub fn read(&mut self) -> io::Result<Files> {
+        self.unreadable = true;
         let stamps = stamps(&self.path)?;
         let files = read_texts(stamps.keys())?;
-        self.seen = stamps;
+        (self.seen, self.unreadable) = (stamps, false);
         Ok(files)
     }
 
-    /// Waits until the folder differs from what was read last, and rests. Safe to drop at its await.
+    /// Waits until the folder differs from what was read last, and rests; or until it can't be read, which is for
+    /// [`Folder::read`] to say. Safe to drop at its await.
     pub async fn changed(&mut self) {
         loop {
             match timeout(LOOK, self.events.recv()).await {
                 Ok(Some(())) | Err(_) => {}
                 Ok(None) => tokio::time::sleep(LOOK).await,
             }
-            let Ok(mut last) = stamps(&self.path) else { continue };
-            if last == self.seen {
+            let Ok(mut last) = stamps(&self.path) else { return };
+            if last == self.seen && !self.unreadable {
                 continue;
             }
             loop {
                 let missing = self.seen.keys().any(|path| !last.contains_key(path));
                 tokio::time::sleep(if missing { GONE } else { REST }).await;
-                let Ok(now) = stamps(&self.path) else { continue };
+                let Ok(now) = stamps(&self.path) else { return };
                 if now == last {
                     break;
                 }
                 last = now;
             }
-            if last != self.seen {
+            if last != self.seen || self.unreadable {
                 return;
             }
         }
@@ -115,7 +129,8 @@ fn stamps(folder: &Path) -> io::Result<Stamps> {
         }
         match std::fs::metadata(&path) {
             Ok(about) if about.is_file() => {
-                stamps.insert(path, (about.len(), about.modified().ok()));
+                let file = (about.dev(), about.ino());
+                stamps.insert(path, Stamp { size: about.len(), modified: about.modified().ok(), file });
             }
             _ => {}
         }

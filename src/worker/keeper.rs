@@ -17,7 +17,7 @@ use super::resources::Resources;
 use crate::pipeline::{ConnectorState, Control, Fault, FaultKind, ResetTo, Signal, Status, backoff};
 
 /// After the drain's deadline everything is dropped; a task that still does not end after this is cut off.
-const ABORT: Duration = Duration::from_secs(5);
+pub const ABORT: Duration = Duration::from_secs(2);
 const RESET: Duration = Duration::from_secs(120);
 /// A connector that has run this long starts its next backoff from the beginning.
 const SETTLED: Duration = Duration::from_secs(60);
@@ -26,7 +26,7 @@ enum Command {
     Pause,
     Resume,
     Restart(Option<Arc<dyn Connector>>),
-    Reset(ResetTo, oneshot::Sender<Result<String, Fault>>),
+    Reset(ResetTo, Option<Arc<dyn Connector>>, oneshot::Sender<Result<String, Fault>>),
     Stop(Duration),
 }
 
@@ -64,10 +64,14 @@ impl Keeper {
         let _ = self.commands.send(Command::Restart(connector));
     }
 
-    /// Drains, moves the position, starts again.
-    pub fn reset(&self, to: ResetTo) -> impl Future<Output = Result<String, Fault>> + Send + use<> {
+    /// Drains, moves the position, starts again, with other settings where some are given and the move went well.
+    pub fn reset(
+        &self,
+        to: ResetTo,
+        connector: Option<Arc<dyn Connector>>,
+    ) -> impl Future<Output = Result<String, Fault>> + Send + use<> {
         let (reply, answer) = oneshot::channel();
-        let _ = self.commands.send(Command::Reset(to, reply));
+        let _ = self.commands.send(Command::Reset(to, connector, reply));
         async {
             answer.await.unwrap_or_else(|_| Err(Fault::stop("the connector was stopped before it could be reset")))
         }
@@ -207,12 +211,17 @@ impl Keep {
                 }
                 Next::Start
             }
-            Command::Reset(to, reply) => {
+            Command::Reset(to, connector, reply) => {
+                let connector = connector.unwrap_or_else(|| self.connector.clone());
                 let (_signal, seen) = watch::channel(Signal::Run);
                 let control = Control::new(seen, CancellationToken::new());
                 let context = self.resources.context(self.name.clone(), control, self.status.clone());
-                let done = timeout(RESET, self.connector.reset(&context, &to)).await;
-                let _ = reply.send(done.unwrap_or_else(|_| Err(Fault::retry(format!("no end after {RESET:?}")))));
+                let done = timeout(RESET, connector.reset(&context, &to)).await;
+                let done = done.unwrap_or_else(|_| Err(Fault::retry(format!("no end after {RESET:?}"))));
+                if done.is_ok() {
+                    self.connector = connector;
+                }
+                let _ = reply.send(done);
                 Next::Start
             }
             Command::Stop(_) => Next::End,

@@ -145,7 +145,7 @@ async fn a_pause_is_kept_over_restarts_and_a_reset_moves_a_connector_that_stands
     keeper.restart(None);
     until("started again", || connector.starts.load(Ordering::SeqCst) == 2).await;
     until("paused again", || keeper.status.state() == ConnectorState::Paused).await;
-    assert_eq!(keeper.reset(ResetTo::End).await.unwrap(), "moved");
+    assert_eq!(keeper.reset(ResetTo::End, None).await.unwrap(), "moved");
     assert_eq!(*connector.resets.lock().unwrap(), [ResetTo::End]);
     keeper.resume();
     until("running", || keeper.status.state() == ConnectorState::Running).await;

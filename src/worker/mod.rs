@@ -9,6 +9,7 @@ mod folder;
 mod keeper;
 pub mod kinds;
 mod observe;
+mod questions;
 mod report;
 mod resources;
 mod roster;
@@ -40,8 +41,8 @@ use observe::Observer;
 use roster::Roster;
 
 /// How long after the drain's deadline the worker waits for connectors that were cut off.
-const CUT_OFF: Duration = Duration::from_secs(8);
-const CLOSE: Duration = Duration::from_secs(10);
+const CUT_OFF: Duration = keeper::ABORT.saturating_add(Duration::from_secs(1));
+const CLOSE: Duration = Duration::from_secs(3);
 const ORPHANS: Duration = Duration::from_secs(600);
 
 /// Why a command on a connector could not be carried out.
@@ -122,17 +123,18 @@ impl Worker {
             };
             tokio::select! {
                 () = self.inside.ending.cancelled() => return,
-                () = folder.changed() => match folder.read() {
-                    Ok(read) => files = read,
-                    Err(error) => {
-                        tracing::error!("the connectors folder can't be read; what runs, runs on: {error}");
-                        continue;
-                    }
-                },
+                () = folder.changed() => {
+                    let read = folder.read();
+                    let error = read.as_ref().err().map(ToString::to_string);
+                    self.inside.roster.lock().await.set_folder_problem(&self.inside.settings.connectors, error);
+                    let Ok(read) = read else { continue };
+                    files = read;
+                }
                 () = self.inside.look.notified() => {}
                 () = soon => {}
                 _ = orphans.tick() => {
-                    self.inside.roster.lock().await.warn_of_orphans();
+                    let kept = |name: &str| self.inside.observer.slot(name).map(|slot| slot.kept_bytes);
+                    self.inside.roster.lock().await.warn_of_orphans(kept);
                     continue;
                 }
             }
@@ -148,15 +150,13 @@ impl Worker {
                 () = self.inside.ending.cancelled() => return,
                 _ = tick.tick() => {}
             }
-            let connectors: Vec<_> = self
-                .inside
-                .roster
-                .lock()
-                .await
-                .entries()
-                .map(|(name, entry)| (name.to_owned(), entry.keeper.status.clone(), entry.groups.clone()))
-                .collect();
-            self.inside.observer.look(&connectors, &self.inside.resources, &self.inside.settings.systems).await;
+            let (connectors, left) = {
+                let roster = self.inside.roster.lock().await;
+                (roster.watched(), roster.left_slots())
+            };
+            self.inside.observer.look(&connectors, left, &self.inside.resources, &self.inside.settings);
+            let ready = self.health().await.ready;
+            metrics::gauge!("tidegate_ready").set(f64::from(u8::from(ready)));
         }
     }
 
@@ -166,7 +166,7 @@ impl Worker {
     }
 
     pub async fn health(&self) -> Health {
-        self.status().await.health()
+        self.status().await.health
     }
 
     pub async fn set_paused(&self, name: &str, paused: bool) -> Result<(), CommandError> {
@@ -190,7 +190,7 @@ impl Worker {
         let reset = {
             let roster = self.inside.roster.lock().await;
             match roster.get(name) {
-                Some(entry) => entry.keeper.reset(to),
+                Some(entry) => entry.keeper.reset(to, None),
                 None => return Err(unknown(&roster, name)),
             }
         };
@@ -198,14 +198,32 @@ impl Worker {
         reset.await.map_err(|fault| CommandError::Failed(fault.to_string()))
     }
 
+    /// Starts the connector anew under the identity that its file has now; the old slot stays, as an orphan.
     pub async fn migrate(&self, name: &str) -> Result<String, CommandError> {
-        let done = self.inside.roster.lock().await.migrate(name).map_err(CommandError::Failed);
+        let failed = |fault: Fault| CommandError::Failed(fault.to_string());
+        let (connector, running) = {
+            let roster = self.inside.roster.lock().await;
+            let Some(connector) = roster.of_another_identity(name).map_err(CommandError::Failed)? else {
+                return Ok(format!("'{name}' is as its file says; nothing to do"));
+            };
+            let reset = roster.get(name).map(|entry| entry.keeper.reset(ResetTo::Beginning, Some(connector.clone())));
+            (connector, reset)
+        };
+        // Without the lock: a drain takes its time. A position of the old identity would be taken for a loss.
+        let said = match running {
+            Some(reset) => reset.await.map_err(failed)?,
+            None => {
+                let context = self.inside.resources.still(name);
+                connector.reset(&context, &ResetTo::Beginning).await.map_err(failed)?
+            }
+        };
+        let left = self.inside.roster.lock().await.migrated(name, connector).map_err(CommandError::Failed)?;
         self.inside.look.notify_one();
-        done
+        Ok(format!("'{name}' starts anew as its file says: {said}{left}"))
     }
 
     /// Removes what a connector without a file has left (its slot, its consumer group), then forgets it.
-    pub async fn forget(&self, name: &str) -> Result<String, CommandError> {
+    pub async fn forget(&self, name: &str, keep_slot: bool) -> Result<String, CommandError> {
         let known = {
             let roster = self.inside.roster.lock().await;
             if roster.get(name).is_some() {
@@ -216,7 +234,7 @@ impl Worker {
         let said = self
             .inside
             .resources
-            .forget(name, &known)
+            .forget(name, &known, keep_slot)
             .await
             .map_err(|fault: Fault| CommandError::Failed(fault.to_string()))?;
         self.inside.roster.lock().await.forget(name).map_err(CommandError::Failed)?;

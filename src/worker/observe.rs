@@ -1,27 +1,39 @@
 //! Looks at the connectors every second, so that rates, times and lags are known when somebody asks, and puts
-//! them into the metrics.
-//!
-//! What needs the log or the datastore is asked for beside the look, one question at a time: a log that does not
-//! answer makes figures old, never the worker slow.
+//! them into the metrics. What needs the log or the datastore is asked for beside the look ([`Question`]).
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use metrics::{counter, gauge};
+use metrics::gauge;
 
-use super::report::{LossReport, SystemReport, state_name};
+use super::kinds::{self, Identity};
+use super::questions::Question;
+use super::report::{LossReport, SystemReport, Trouble, state_name};
 use super::resources::Resources;
-use crate::pipeline::{ConnectorState, Status};
+use super::settings::WorkerSettings;
+use crate::log::{LogError, PartitionLag};
+use crate::pipeline::progress::{progress, seconds};
+use crate::pipeline::{ConnectorState, Fault, Status};
+use crate::postgres::slot::Slot;
+use crate::sources::postgres::measure_slot;
 use crate::systems::{BreakerState, System};
 
 /// Rates are taken over this many seconds.
 const WINDOW: usize = 10;
 const LAGS: Duration = Duration::from_secs(5);
-const DEAD_LETTERS: Duration = Duration::from_secs(15);
+const PARKED: Duration = Duration::from_secs(5);
+/// Slots that no capture watches itself: of connectors that are gone, or have failed.
+const SLOTS: Duration = Duration::from_secs(30);
+/// Whether the worker's file is still as it was read.
+const SETTINGS: Duration = Duration::from_secs(3);
 /// How often long work tells how far it is.
 const PROGRESS: Duration = Duration::from_secs(5);
-const QUESTION: Duration = Duration::from_secs(10);
+/// So many records behind, a sink tells how far it is, until it has (nearly) caught up.
+const BEHIND: u64 = 1000;
+const CAUGHT_UP: u64 = 50;
+/// A sink that has records to read and moves none for this long is stuck, whatever its state says.
+const STUCK: Duration = Duration::from_secs(60);
 
 const STATES: [ConnectorState; 7] = [
     ConnectorState::Starting,
@@ -32,9 +44,31 @@ const STATES: [ConnectorState; 7] = [
     ConnectorState::Failed,
     ConnectorState::Stopped,
 ];
+const BREAKER: [(BreakerState, &str); 3] =
+    [(BreakerState::Closed, "closed"), (BreakerState::HalfOpen, "half-open"), (BreakerState::Open, "open")];
+
+/// A connector to be looked at.
+pub struct Watched {
+    pub name: String,
+    pub status: Arc<Status>,
+    pub groups: Vec<String>,
+    /// Its records may be parked.
+    pub parks: bool,
+}
+
+/// A slot that nobody reads.
+pub struct LeftSlot {
+    pub connector: String,
+    pub kind: String,
+    pub identity: Identity,
+}
 
 pub struct Observer {
     started: Instant,
+    lags: Question,
+    parked: Question,
+    slots: Question,
+    settings: Question,
     inside: Arc<Mutex<Inside>>,
 }
 
@@ -44,31 +78,106 @@ struct Inside {
     systems: Vec<SystemReport>,
     dead_letters: BTreeMap<String, u64>,
     losses: Vec<LossReport>,
-    lags_asked: Option<Instant>,
-    dead_letters_asked: Option<Instant>,
+    /// By connector, with the slot's name.
+    slots: BTreeMap<String, (String, Slot)>,
     progress_told: Option<Instant>,
-    asking_lags: bool,
-    asking_dead_letters: bool,
+    settings_changed: Option<Trouble>,
 }
 
 struct Track {
     state: ConnectorState,
     since: Instant,
+    /// When, and the sum of its counts then.
     samples: VecDeque<(Instant, u64)>,
+    /// When its counts last changed, or there was nothing to do.
+    moved: Instant,
     lag_events: Option<u64>,
+    /// Records done when it was found to be far behind.
+    catching_up_from: Option<u64>,
+    progress: Option<String>,
 }
 
 /// What only looking over time tells.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Seen {
     pub state_seconds: f64,
     pub rate: f64,
     pub lag_events: Option<u64>,
+    pub progress: Option<String>,
+    /// It has something to do, says that it works, and has moved nothing for so long.
+    pub stuck: Option<Duration>,
 }
 
 impl Default for Observer {
     fn default() -> Self {
-        Observer { started: Instant::now(), inside: Arc::default() }
+        Observer {
+            started: Instant::now(),
+            lags: Question::new(LAGS),
+            parked: Question::new(PARKED),
+            slots: Question::new(SLOTS),
+            settings: Question::new(SETTINGS),
+            inside: Arc::default(),
+        }
+    }
+}
+
+impl Track {
+    fn new(state: ConnectorState, now: Instant) -> Self {
+        Track {
+            state,
+            since: now,
+            samples: VecDeque::with_capacity(WINDOW + 1),
+            moved: now,
+            lag_events: None,
+            catching_up_from: None,
+            progress: None,
+        }
+    }
+
+    fn rate(&self) -> f64 {
+        match (self.samples.front(), self.samples.back()) {
+            (Some((first, before)), Some((last, now))) if last > first => {
+                now.saturating_sub(*before) as f64 / (*last - *first).as_secs_f64()
+            }
+            _ => 0.0,
+        }
+    }
+
+    fn look(&mut self, name: &str, status: &Status, now: Instant) {
+        let state = status.state();
+        if self.state != state {
+            tracing::debug!(connector = name, from = state_name(self.state), to = state_name(state), "state");
+            (self.state, self.since) = (state, now);
+        }
+        let counts = status.counts();
+        let total = counts.applied + counts.skipped + counts.rejected + counts.waiting;
+        let idle = self.lag_events.unwrap_or(0) == 0 || state != ConnectorState::Running;
+        if idle || self.samples.back().is_none_or(|(_, before)| *before != total) {
+            self.moved = now;
+        }
+        if let Some(moved) = status.moved() {
+            self.moved = self.moved.max(moved);
+        }
+        self.samples.push_back((now, total));
+        if self.samples.len() > WINDOW {
+            self.samples.pop_front();
+        }
+        self.progress = status.progress().or_else(|| self.catching_up(total));
+    }
+
+    /// A sink that is far behind: after a reset, or an outage.
+    fn catching_up(&mut self, total: u64) -> Option<String> {
+        let behind = self.lag_events?;
+        let from = match self.catching_up_from {
+            None if behind >= BEHIND => *self.catching_up_from.insert(total),
+            Some(from) if behind > CAUGHT_UP => from,
+            _ => {
+                self.catching_up_from = None;
+                return None;
+            }
+        };
+        let done = total.saturating_sub(from);
+        Some(progress("catching up", done, done + behind, "records", self.rate()))
     }
 }
 
@@ -80,13 +189,13 @@ impl Observer {
     pub fn seen(&self, name: &str) -> Seen {
         let inside = self.lock();
         let Some(track) = inside.connectors.get(name) else { return Seen::default() };
-        let rate = match (track.samples.front(), track.samples.back()) {
-            (Some((first, before)), Some((last, now))) if last > first => {
-                now.saturating_sub(*before) as f64 / (*last - *first).as_secs_f64()
-            }
-            _ => 0.0,
-        };
-        Seen { state_seconds: track.since.elapsed().as_secs_f64(), rate, lag_events: track.lag_events }
+        Seen {
+            state_seconds: track.since.elapsed().as_secs_f64(),
+            rate: track.rate(),
+            lag_events: track.lag_events,
+            progress: track.progress.clone(),
+            stuck: Some(track.moved.elapsed()).filter(|time| *time > STUCK),
+        }
     }
 
     pub fn systems(&self) -> Vec<SystemReport> {
@@ -101,147 +210,183 @@ impl Observer {
         self.lock().losses.clone()
     }
 
-    /// Connectors as (name, status, consumer groups).
-    pub async fn look(
-        &self,
-        connectors: &[(String, Arc<Status>, Vec<String>)],
-        resources: &Resources,
-        systems: &BTreeMap<String, Arc<System>>,
-    ) {
+    /// What is known of the slot that a connector has left, or does not read.
+    pub fn slot(&self, connector: &str) -> Option<Slot> {
+        self.lock().slots.get(connector).map(|(_, slot)| slot.clone())
+    }
+
+    /// Servers that do not answer.
+    pub fn silent(&self) -> Vec<Trouble> {
+        let trouble = |what: &str, (silent, reason): (Duration, String)| Trouble {
+            what: what.to_owned(),
+            message: format!("no answer for {}: {reason}", seconds(silent.as_secs_f64())),
+        };
+        [("log", &self.lags), ("datastore", &self.parked)]
+            .into_iter()
+            .filter_map(|(what, question)| Some(trouble(what, question.silent()?)))
+            .collect()
+    }
+
+    /// The worker's file is another than it runs with.
+    pub fn settings_changed(&self) -> Option<Trouble> {
+        self.lock().settings_changed.clone()
+    }
+
+    pub fn look(&self, connectors: &[Watched], left: Vec<LeftSlot>, resources: &Resources, settings: &WorkerSettings) {
         let now = Instant::now();
         let mut inside = self.lock();
-        let gone: Vec<String> = inside
-            .connectors
-            .keys()
-            .filter(|known| !connectors.iter().any(|(name, ..)| name == *known))
-            .cloned()
-            .collect();
+        let is_gone = |known: &String| !connectors.iter().any(|watched| watched.name == *known);
+        let gone: Vec<String> = inside.connectors.keys().filter(|known| is_gone(known)).cloned().collect();
         for name in gone {
             inside.connectors.remove(&name);
-            for state in STATES {
-                gauge!("tidegate_connector_state", "connector" => name.clone(), "state" => state_name(state)).set(0.0);
-            }
+            forget_gauges(&name);
         }
-        for (name, status, _) in connectors {
-            let state = status.state();
-            let counts = status.counts();
-            let total = counts.applied + counts.skipped + counts.rejected + counts.waiting;
-            let track = inside.connectors.entry(name.clone()).or_insert_with(|| Track {
-                state,
-                since: now,
-                samples: VecDeque::with_capacity(WINDOW + 1),
-                lag_events: None,
-            });
-            if track.state != state {
-                tracing::debug!(connector = name, from = state_name(track.state), to = state_name(state), "state");
-                track.state = state;
-                track.since = now;
-            }
-            track.samples.push_back((now, total));
-            if track.samples.len() > WINDOW {
-                track.samples.pop_front();
-            }
+        for Watched { name, status, .. } in connectors {
+            let track = inside.connectors.entry(name.clone()).or_insert_with(|| Track::new(status.state(), now));
+            track.look(name, status, now);
             for known in STATES {
                 gauge!("tidegate_connector_state", "connector" => name.clone(), "state" => state_name(known))
-                    .set(f64::from(u8::from(known == state)));
+                    .set(f64::from(u8::from(known == track.state)));
             }
             let lag = status.lag();
-            if let Some(bytes) = lag.bytes {
-                gauge!("tidegate_lag_bytes", "connector" => name.clone()).set(bytes as f64);
-            }
-            if let Some(seconds) = lag.seconds {
-                gauge!("tidegate_lag_seconds", "connector" => name.clone()).set(seconds);
-            }
-            if let Some(events) = lag.events.or(track.lag_events) {
-                gauge!("tidegate_lag_events", "connector" => name.clone()).set(events as f64);
+            match (lag.bytes, lag.seconds) {
+                (Some(bytes), Some(seconds)) => {
+                    gauge!("tidegate_replication_lag_bytes", "connector" => name.clone()).set(bytes as f64);
+                    gauge!("tidegate_replication_lag_seconds", "connector" => name.clone()).set(seconds);
+                }
+                (None, Some(seconds)) => {
+                    gauge!("tidegate_delivery_lag_seconds", "connector" => name.clone()).set(seconds);
+                }
+                (_, None) => {}
             }
         }
         if inside.progress_told.is_none_or(|told| now - told >= PROGRESS) {
             inside.progress_told = Some(now);
-            for (name, status, _) in connectors {
-                if let Some(progress) = status.progress() {
+            for (name, track) in &inside.connectors {
+                if let Some(progress) = &track.progress {
                     tracing::info!(connector = name, "{progress}");
                 }
             }
         }
-        inside.systems = systems.iter().map(|(name, system)| look_at_system(name, system)).collect();
-        self.ask_lags(&mut inside, connectors, resources, now);
-        self.ask_dead_letters(&mut inside, resources, now);
+        inside.systems = settings.systems.iter().map(|(name, system)| look_at_system(name, system)).collect();
+        drop(inside);
+        self.ask_lags(connectors, resources);
+        self.ask_parked(connectors, resources);
+        self.ask_slots(left, resources);
+        self.ask_settings(settings);
     }
 
-    fn ask_lags(
-        &self,
-        inside: &mut Inside,
-        connectors: &[(String, Arc<Status>, Vec<String>)],
-        resources: &Resources,
-        now: Instant,
-    ) {
-        if inside.asking_lags || inside.lags_asked.is_some_and(|asked| now - asked < LAGS) {
-            return;
-        }
-        let groups: Vec<(String, Vec<String>)> = connectors
-            .iter()
-            .filter(|(_, _, groups)| !groups.is_empty())
-            .map(|(name, _, groups)| (name.clone(), groups.clone()))
-            .collect();
-        inside.asking_lags = true;
-        let (log, shared) = (resources.log.clone(), self.inside.clone());
-        // Bounded by its deadline, and never more than one: `asking_lags` is its owner's mark.
-        tokio::spawn(async move {
-            for (name, groups) in groups {
-                let mut events = None;
-                for group in groups {
-                    let Ok(Ok(lags)) = tokio::time::timeout(QUESTION, log.group_lag(&group)).await else { continue };
-                    for lag in lags {
-                        let behind = (lag.end.0 - lag.committed.map_or(0, |offset| offset.0)).max(0);
-                        *events.get_or_insert(0) += behind as u64;
-                        gauge!(
-                            "tidegate_consumer_lag",
-                            "group" => group.clone(),
-                            "topic" => lag.topic_partition.topic.to_string(),
-                            "partition" => lag.topic_partition.partition.to_string()
-                        )
-                        .set(behind as f64);
-                    }
-                }
-                let mut inside = shared.lock().unwrap_or_else(PoisonError::into_inner);
-                if let Some(track) = inside.connectors.get_mut(&name) {
-                    track.lag_events = events;
-                }
-            }
-            // Of all groups: the one of a connector without a file is the likeliest to lose records.
-            let losses = tokio::time::timeout(QUESTION, log.losses()).await;
+    fn ask_settings(&self, settings: &WorkerSettings) {
+        let (settings, shared) = (settings.clone(), self.inside.clone());
+        let what = settings.file.display().to_string();
+        let ask = || async move { tokio::task::spawn_blocking(move || settings.has_changed()).await };
+        self.settings.ask(ask, move |changed| {
             let mut inside = shared.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Ok(Ok(losses)) = losses {
-                let gauge = |of: &LossReport| gauge!("tidegate_log_lost_records", "group" => of.group.clone(), "topic" => of.topic.clone());
-                inside.losses.iter().for_each(|gone| gauge(gone).set(0.0));
-                inside.losses = losses.iter().map(LossReport::from).collect();
-                inside.losses.iter().for_each(|loss| gauge(loss).set(loss.records as f64));
+            if !changed {
+                inside.settings_changed = None;
+            } else if inside.settings_changed.is_none() {
+                let message = "has changed since the worker read it; hint: it is read at the start, \
+                     so restart the worker to take it up ('tidegate validate' checks it before)";
+                tracing::warn!("{what} {message}");
+                inside.settings_changed = Some(Trouble { what, message: message.to_owned() });
             }
-            inside.asking_lags = false;
-            inside.lags_asked = Some(Instant::now());
         });
     }
 
-    fn ask_dead_letters(&self, inside: &mut Inside, resources: &Resources, now: Instant) {
-        if inside.asking_dead_letters || inside.dead_letters_asked.is_some_and(|asked| now - asked < DEAD_LETTERS) {
+    fn ask_lags(&self, connectors: &[Watched], resources: &Resources) {
+        let groups: Vec<(String, String)> = connectors
+            .iter()
+            .flat_map(|watched| watched.groups.iter().map(|group| (watched.name.clone(), group.clone())))
+            .collect();
+        let (log, shared) = (resources.log.clone(), self.inside.clone());
+        let ask = || async move {
+            let mut all = Vec::new();
+            for (name, group) in groups {
+                match log.group_lag(&group).await {
+                    Ok(lags) => all.push((name, group, lags)),
+                    // Its table has had no event yet.
+                    Err(LogError::UnknownTopic(_)) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            // Of all groups: the one of a connector without a file is the likeliest to lose records.
+            let losses: Vec<LossReport> = log.losses().await?.iter().map(LossReport::from).collect();
+            Ok((all, losses))
+        };
+        self.lags.ask(ask, move |(all, losses): (Vec<(String, String, Vec<PartitionLag>)>, Vec<LossReport>)| {
+            let mut behind_of: BTreeMap<String, u64> = BTreeMap::new();
+            for (name, group, lags) in all {
+                let sum = behind_of.entry(name.clone()).or_default();
+                for lag in lags {
+                    let behind = (lag.end.0 - lag.committed.map_or(0, |offset| offset.0)).max(0);
+                    *sum += behind as u64;
+                    gauge!(
+                        "tidegate_consumer_lag_records",
+                        "connector" => name.clone(),
+                        "group" => group.clone(),
+                        "topic" => lag.topic_partition.topic.to_string(),
+                        "partition" => lag.topic_partition.partition.to_string()
+                    )
+                    .set(behind as f64);
+                }
+            }
+            let mut inside = shared.lock().unwrap_or_else(PoisonError::into_inner);
+            let lost = |of: &LossReport| gauge!("tidegate_log_lost_records", "group" => of.group.clone(), "topic" => of.topic.clone());
+            inside.losses.iter().for_each(|gone| lost(gone).set(0.0));
+            losses.iter().for_each(|loss| lost(loss).set(loss.records as f64));
+            inside.losses = losses;
+            for (name, behind) in behind_of {
+                if let Some(track) = inside.connectors.get_mut(&name) {
+                    track.lag_events = Some(behind);
+                }
+            }
+        });
+    }
+
+    fn ask_parked(&self, connectors: &[Watched], resources: &Resources) {
+        let mut names: Vec<String> =
+            connectors.iter().filter(|watched| watched.parks).map(|watched| watched.name.clone()).collect();
+        let (resources, shared) = (resources.clone(), self.inside.clone());
+        let ask = || async move { resources.parked().await };
+        self.parked.ask(ask, move |counted: BTreeMap<String, [u64; 2]>| {
+            names.extend(counted.keys().cloned());
+            for name in names {
+                let [rejected, waiting] = counted.get(&name).copied().unwrap_or_default();
+                gauge!("tidegate_dead_letters", "connector" => name.clone()).set(rejected as f64);
+                gauge!("tidegate_waiting_records", "connector" => name).set(waiting as f64);
+            }
+            let dead = counted.into_iter().filter(|(_, [rejected, _])| *rejected > 0);
+            let mut inside = shared.lock().unwrap_or_else(PoisonError::into_inner);
+            inside.dead_letters = dead.map(|(name, [rejected, _])| (name, rejected)).collect();
+        });
+    }
+
+    fn ask_slots(&self, left: Vec<LeftSlot>, resources: &Resources) {
+        if left.is_empty() && self.lock().slots.is_empty() {
             return;
         }
-        inside.asking_dead_letters = true;
         let (resources, shared) = (resources.clone(), self.inside.clone());
-        tokio::spawn(async move {
-            let counted = tokio::time::timeout(QUESTION, resources.dead_letters()).await;
+        let ask = || async move {
+            let mut found = BTreeMap::new();
+            for LeftSlot { connector, kind, identity } in left {
+                let context = resources.still(&connector);
+                if let Some(slot) = kinds::left_slot(&kind, &identity, &context).await? {
+                    found.insert(connector, slot);
+                }
+            }
+            Ok::<_, Fault>(found)
+        };
+        self.slots.ask(ask, move |found: BTreeMap<String, (String, Slot)>| {
+            for (connector, (name, slot)) in &found {
+                measure_slot(connector, name, slot);
+            }
             let mut inside = shared.lock().unwrap_or_else(PoisonError::into_inner);
-            inside.asking_dead_letters = false;
-            inside.dead_letters_asked = Some(Instant::now());
-            let Ok(Ok(counted)) = counted else { return };
-            for name in inside.dead_letters.keys().filter(|name| !counted.contains_key(*name)) {
-                gauge!("tidegate_dead_letters", "connector" => name.clone()).set(0.0);
+            let before = std::mem::replace(&mut inside.slots, found);
+            for (connector, (name, _)) in before {
+                if !inside.slots.contains_key(&connector) && !inside.connectors.contains_key(&connector) {
+                    measure_slot(&connector, &name, &Slot::default());
+                }
             }
-            for (name, count) in &counted {
-                gauge!("tidegate_dead_letters", "connector" => name.clone()).set(*count as f64);
-            }
-            inside.dead_letters = counted;
         });
     }
 
@@ -250,14 +395,25 @@ impl Observer {
     }
 }
 
+/// A connector that is gone is in no state and behind nothing.
+fn forget_gauges(name: &str) {
+    for state in STATES {
+        gauge!("tidegate_connector_state", "connector" => name.to_owned(), "state" => state_name(state)).set(0.0);
+    }
+    for lag in ["tidegate_replication_lag_bytes", "tidegate_replication_lag_seconds", "tidegate_delivery_lag_seconds"] {
+        gauge!(lag, "connector" => name.to_owned()).set(0.0);
+    }
+}
+
 fn look_at_system(name: &str, system: &System) -> SystemReport {
-    let (breaker, figure) = match system.breaker() {
-        BreakerState::Closed => ("closed", 0.0),
-        BreakerState::HalfOpen => ("half-open", 1.0),
-        BreakerState::Open => ("open", 2.0),
-    };
-    let requests = system.requests_sent();
-    gauge!("tidegate_breaker_state", "system" => name.to_owned()).set(figure);
-    counter!("tidegate_requests_total", "system" => name.to_owned()).absolute(requests);
-    SystemReport { name: name.to_owned(), breaker: breaker.to_owned(), requests }
+    let state = system.breaker();
+    let mut breaker = "";
+    for (known, text) in BREAKER {
+        if known == state {
+            breaker = text;
+        }
+        gauge!("tidegate_system_breaker_state", "system" => name.to_owned(), "state" => text)
+            .set(f64::from(u8::from(known == state)));
+    }
+    SystemReport { name: name.to_owned(), breaker: breaker.to_owned(), requests: system.requests_sent() }
 }

@@ -13,6 +13,7 @@ use super::resources::Resources;
 use super::roster::Roster;
 use crate::log::Loss;
 use crate::pipeline::ConnectorState;
+use crate::pipeline::progress::seconds;
 
 /// A connector may take this long to start before health calls it stuck.
 const STARTING: f64 = 60.0;
@@ -33,6 +34,7 @@ pub struct StatusReport {
     pub dead_letters: BTreeMap<String, u64>,
     /// What the log's retention took before a group had read it, until the group is reset or removed.
     pub losses: Vec<LossReport>,
+    pub health: Health,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -83,6 +85,8 @@ pub struct ConnectorReport {
     pub lag_events: Option<u64>,
     /// Long work under way: rows, rate, time left.
     pub progress: Option<String>,
+    /// It has records to read, says that it works, and has moved none for so long.
+    pub stuck_seconds: Option<f64>,
     pub last_error: Option<LastError>,
     /// What this kind of connector has to say: slot, cursor, breaker …
     pub facts: BTreeMap<String, Value>,
@@ -105,6 +109,10 @@ pub struct Orphan {
     pub name: String,
     pub since: String,
     pub identity: BTreeMap<String, String>,
+    /// WAL that the server keeps for its slot; where that could be asked.
+    pub wal_kept_bytes: Option<u64>,
+    /// Where the slot is, if not in the datastore's server.
+    pub server: Option<String>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -118,17 +126,28 @@ pub struct SystemReport {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Health {
     pub ready: bool,
+    /// What is stuck, and why.
     pub troubles: Vec<Trouble>,
+    /// What works, and wants a person all the same: dead letters, slots that nobody reads.
+    pub warnings: Vec<Trouble>,
 }
 
 pub(super) fn status(roster: &Roster, observer: &Observer, resources: &Resources) -> StatusReport {
-    let connectors = roster
+    let connectors: Vec<ConnectorReport> = roster
         .entries()
         .map(|(name, entry)| {
             let status = &entry.keeper.status;
             let counts = status.counts();
             let lag = status.lag();
             let seen = observer.seen(name);
+            let mut facts = status.facts();
+            if let Some(slot) = observer.slot(name)
+                && let Some(Value::Object(shown)) = facts.get_mut("slot")
+            {
+                shown.insert("wal_status".into(), slot.wal_status.into());
+                shown.insert("wal_kept_bytes".into(), slot.kept_bytes.into());
+                shown.insert("lag_bytes".into(), slot.lag_bytes.into());
+            }
             ConnectorReport {
                 name: name.to_owned(),
                 kind: entry.kind.clone(),
@@ -144,13 +163,14 @@ pub(super) fn status(roster: &Roster, observer: &Observer, resources: &Resources
                 lag_bytes: lag.bytes,
                 lag_seconds: lag.seconds,
                 lag_events: lag.events.or(seen.lag_events),
-                progress: status.progress(),
+                progress: status.progress().or(seen.progress),
+                stuck_seconds: seen.stuck.map(|stuck| stuck.as_secs_f64()),
                 last_error: status.last_error().map(|(at, message)| LastError { at: rfc3339(at), message }),
-                facts: status.facts(),
+                facts,
             }
         })
         .collect();
-    let problems = roster
+    let mut problems: Vec<Trouble> = roster
         .problems()
         .map(|problem| Trouble {
             what: match &problem.connector {
@@ -162,15 +182,18 @@ pub(super) fn status(roster: &Roster, observer: &Observer, resources: &Resources
             message: problem.message.clone(),
         })
         .collect();
-    let orphans = roster
+    problems.extend(observer.silent());
+    let orphans: Vec<Orphan> = roster
         .state()
         .all()
         .filter_map(|(name, known)| {
             let since = known.orphaned_at.clone()?;
-            Some(Orphan { name: name.to_owned(), since, identity: known.identity.clone() })
+            let wal_kept_bytes = observer.slot(name).map(|slot| slot.kept_bytes);
+            let (identity, server) = (known.identity.clone(), known.server.clone());
+            Some(Orphan { name: name.to_owned(), since, identity, wal_kept_bytes, server })
         })
         .collect();
-    StatusReport {
+    let mut report = StatusReport {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         log: resources.log.kind().to_owned(),
         uptime_seconds: observer.uptime().as_secs_f64(),
@@ -180,28 +203,68 @@ pub(super) fn status(roster: &Roster, observer: &Observer, resources: &Resources
         systems: observer.systems(),
         dead_letters: observer.dead_letters(),
         losses: observer.losses(),
-    }
+        health: Health { ready: true, troubles: Vec::new(), warnings: Vec::new() },
+    };
+    report.health = health(&report);
+    report.health.warnings.extend(observer.settings_changed());
+    report
 }
 
-impl StatusReport {
-    pub fn health(&self) -> Health {
-        let mut troubles = Vec::new();
-        for connector in &self.connectors {
-            let error = connector.last_error.as_ref().map_or("no reason given", |error| error.message.as_str());
-            let stuck = match connector.state.as_str() {
-                "FAILED" => Some(format!("failed: {error}")),
-                "WAITING" => Some(format!("waiting for {:.0} s: {error}", connector.state_seconds)),
-                "STARTING" if connector.state_seconds > STARTING => {
-                    Some(format!("not started after {:.0} s: {error}", connector.state_seconds))
-                }
-                "STOPPED" => Some("stopped by itself".to_owned()),
-                _ => None,
-            };
-            troubles.extend(stuck.map(|message| Trouble { what: connector.name.clone(), message }));
-        }
-        troubles.extend(self.problems.iter().cloned());
-        Health { ready: troubles.is_empty(), troubles }
+fn health(report: &StatusReport) -> Health {
+    let mut troubles = Vec::new();
+    for connector in &report.connectors {
+        troubles.extend(stuck(connector).map(|message| Trouble { what: connector.name.clone(), message }));
     }
+    troubles.extend(report.problems.iter().cloned());
+    let mut warnings = Vec::new();
+    for (name, count) in &report.dead_letters {
+        let letters = if *count == 1 { "1 dead letter" } else { &format!("{count} dead letters") };
+        let message = format!("{letters}; hint: 'tidegate dead-letters list {name}' shows them");
+        warnings.push(Trouble { what: name.clone(), message });
+    }
+    for orphan in &report.orphans {
+        let hint = format!("hint: put its file back, or run 'tidegate connectors forget {}'", orphan.name);
+        let held = match (orphan.identity.get("slot.name"), orphan.wal_kept_bytes) {
+            (Some(slot), Some(bytes)) => format!("; its slot '{slot}' makes the server keep {bytes} bytes of WAL"),
+            (Some(slot), None) => format!("; its slot '{slot}' makes the server keep WAL"),
+            (None, _) => String::new(),
+        };
+        let message = format!("its file is gone since {}{held}; {hint}", orphan.since);
+        warnings.push(Trouble { what: orphan.name.clone(), message });
+    }
+    for loss in &report.losses {
+        let message = format!("{loss}; hint: 'tidegate connectors reset' starts it anew");
+        warnings.push(Trouble { what: loss.group.clone(), message });
+    }
+    Health { ready: troubles.is_empty(), troubles, warnings }
+}
+
+/// Why the connector does not do its work; `None` when it does, or was told to rest.
+fn stuck(connector: &ConnectorReport) -> Option<String> {
+    let error = connector.last_error.as_ref().map_or("no reason given", |error| error.message.as_str());
+    let time = seconds(connector.state_seconds);
+    let slot = |field: &str| connector.facts.get("slot").and_then(|slot| slot.get(field));
+    match connector.state.as_str() {
+        "FAILED" => return Some(format!("failed: {error}")),
+        "WAITING" => return Some(format!("waiting for {time}: {error}")),
+        "STARTING" if connector.state_seconds > STARTING => {
+            return Some(format!("not started after {time}: {error}"));
+        }
+        "STOPPED" => return Some("stopped by itself".to_owned()),
+        _ => {}
+    }
+    if slot("missing") == Some(&Value::Bool(true)) {
+        return Some(error.to_owned());
+    }
+    if let Some(status @ ("unreserved" | "lost")) = slot("wal_status").and_then(Value::as_str) {
+        let name = slot("name").and_then(Value::as_str).unwrap_or_default();
+        return Some(format!(
+            "the server is giving up the WAL of slot '{name}' (wal_status '{status}'); hint: raise max_slot_wal_keep_size"
+        ));
+    }
+    let stuck = connector.stuck_seconds?;
+    let events = connector.lag_events.unwrap_or_default();
+    Some(format!("stuck: {events} records are to be read, and none has moved for {}", seconds(stuck)))
 }
 
 pub(super) fn state_name(state: ConnectorState) -> &'static str {

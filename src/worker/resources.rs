@@ -77,17 +77,34 @@ impl Resources {
         self.context(name.into(), Control::new(signal, Default::default()), Arc::default())
     }
 
-    /// Parked records that need a person, by connector.
-    pub async fn dead_letters(&self) -> Result<BTreeMap<String, u64>, DatastoreError> {
+    /// Parked records by connector: those that need a person, and those that wait for something.
+    pub async fn parked(&self) -> Result<BTreeMap<String, [u64; 2]>, DatastoreError> {
         let client = self.datastore.client().await?;
-        let counted = datastore::parked_counts(&client, None).await?;
-        let rejected = counted.into_iter().filter(|(_, kind, _)| *kind == ParkedKind::Rejected);
-        Ok(rejected.map(|(name, _, count)| (name, count.max(0) as u64)).collect())
+        let mut all: BTreeMap<String, [u64; 2]> = BTreeMap::new();
+        // Captures alone never make it.
+        if !datastore::has_parked(&client).await? {
+            return Ok(all);
+        }
+        for (name, kind, count) in datastore::parked_counts(&client, None).await? {
+            all.entry(name).or_default()[usize::from(kind != ParkedKind::Rejected)] += count.max(0) as u64;
+        }
+        Ok(all)
     }
 
-    /// Removes what a connector left behind: its slot, its consumer groups.
-    pub async fn forget(&self, name: &str, known: &Remembered) -> Result<String, Fault> {
-        let mut said = vec![kinds::forget(&known.kind, &known.identity, &self.still(name)).await?];
+    /// Removes what a connector left behind: its slot (unless that is to be kept), its consumer groups.
+    pub async fn forget(&self, name: &str, known: &Remembered, keep_slot: bool) -> Result<String, Fault> {
+        let mut said = Vec::new();
+        match (&known.server, keep_slot) {
+            (_, true) => {}
+            (None, false) => said.push(kinds::forget(&known.kind, &known.identity, &self.still(name)).await?),
+            (Some(server), false) => {
+                return Err(Fault::stop(format!(
+                    "what '{name}' left is on {server}, which only its file had the password of; hint: run there: {} \
+                     and then 'tidegate connectors forget {name} --keep-slot'",
+                    kinds::forget_sql(&known.kind, &known.identity).join(" ")
+                )));
+            }
+        }
         for group in &known.groups {
             self.log.remove_group(group).await?;
             said.push(format!("consumer group '{group}' removed"));

@@ -4,7 +4,7 @@
 //! on; what identifies a connector (its name, and what its kind counts in) never changes under a running position;
 //! whatever is wrong with one file concerns that file alone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +14,7 @@ use serde::Serialize;
 use super::folder::Files;
 use super::keeper::Keeper;
 use super::kinds::{self, Connector, Identity, World};
+use super::observe::{LeftSlot, Watched};
 use super::resources::Resources;
 use super::state::{State, StateError};
 use crate::config::{self, ConfigError, Section, Spanned};
@@ -47,6 +48,8 @@ pub struct Entry {
     pub file: PathBuf,
     pub kind: String,
     pub groups: Vec<String>,
+    /// Its records may be parked.
+    pub parks: bool,
     pub keeper: Keeper,
 }
 
@@ -69,6 +72,10 @@ pub struct Roster {
     /// Texts last looked at, and which connector each file holds.
     applied: BTreeMap<PathBuf, Applied>,
     problems: BTreeMap<PathBuf, FileProblem>,
+    /// Why the folder itself can't be read.
+    folder_problem: Option<FileProblem>,
+    /// Have a file, and start when those of the same name have left.
+    later: BTreeSet<String>,
     /// Told to stop, not ended yet.
     leaving: Vec<(String, Keeper)>,
 }
@@ -95,6 +102,8 @@ impl Roster {
             entries: BTreeMap::new(),
             applied: BTreeMap::new(),
             problems: BTreeMap::new(),
+            folder_problem: None,
+            later: BTreeSet::new(),
             leaving: Vec::new(),
         }
     }
@@ -108,7 +117,48 @@ impl Roster {
     }
 
     pub fn problems(&self) -> impl Iterator<Item = &FileProblem> {
-        self.problems.values()
+        self.folder_problem.iter().chain(self.problems.values())
+    }
+
+    /// What the observer looks at.
+    pub fn watched(&self) -> Vec<Watched> {
+        let watched = |(name, entry): (&String, &Entry)| Watched {
+            name: name.clone(),
+            status: entry.keeper.status.clone(),
+            groups: entry.groups.clone(),
+            parks: entry.parks,
+        };
+        self.entries.iter().map(watched).collect()
+    }
+
+    /// Slots in the datastore's server that nobody reads: of connectors without a file, and of those that are down.
+    pub fn left_slots(&self) -> Vec<LeftSlot> {
+        let down = |name: &str| match self.entries.get(name) {
+            Some(entry) => {
+                use crate::pipeline::ConnectorState::{Failed, Stopped, Waiting};
+                matches!(entry.keeper.status.state(), Failed | Stopped | Waiting)
+            }
+            None => true,
+        };
+        let here = self.state.all().filter(|(name, known)| known.server.is_none() && down(name));
+        here.filter(|(_, known)| kinds::has_slot(&known.identity))
+            .map(|(name, known)| LeftSlot {
+                connector: name.to_owned(),
+                kind: known.kind.clone(),
+                identity: known.identity.clone(),
+            })
+            .collect()
+    }
+
+    /// The folder can't be read (`Some`: why): what runs, runs on, and it is told.
+    pub fn set_folder_problem(&mut self, folder: &Path, error: Option<String>) {
+        self.folder_problem = error.map(|error| {
+            let message = format!("the connectors folder can't be read: {error}");
+            if self.folder_problem.is_none() {
+                tracing::error!("{message}; what runs, runs on");
+            }
+            FileProblem { file: folder.to_owned(), connector: None, message }
+        });
     }
 
     pub fn state(&self) -> &State {
@@ -120,9 +170,11 @@ impl Roster {
         self.leaving.retain(|(_, keeper)| !keeper.ended());
         let gone: Vec<PathBuf> = self.applied.keys().filter(|path| !files.contains_key(*path)).cloned().collect();
         for path in gone {
-            self.removed(&path);
+            if !self.renamed(&path, files) {
+                self.removed(&path);
+            }
         }
-        let mut again = false;
+        self.later.clear();
         for (path, text) in files {
             let seen = self.applied.get(path);
             if seen.is_some_and(|seen| seen.text == *text) && !self.problems.contains_key(path) {
@@ -132,12 +184,12 @@ impl Roster {
                 Ok(Outcome::Done) => {
                     self.problems.remove(path);
                 }
-                Ok(Outcome::Later) => again = true,
+                Ok(Outcome::Later(name)) => drop(self.later.insert(name)),
                 Err(message) => self.problem(path, text, message),
             }
         }
         self.mark_orphans(files);
-        again
+        !self.later.is_empty()
     }
 
     fn apply_file(&mut self, path: &Path, text: &str) -> Result<Outcome, String> {
@@ -165,28 +217,31 @@ impl Roster {
             same_identity(path, name, &loaded.kind, &identity, known)?;
         }
         if self.leaving.iter().any(|(leaving, _)| leaving == name) {
-            return Ok(Outcome::Later);
+            return Ok(Outcome::Later(loaded.name));
         }
         let groups = loaded.connector.groups(&loaded.name);
+        let server = loaded.connector.server();
         self.remember(name, |known| {
             known.kind = loaded.kind.clone();
             known.file = path.to_owned();
             known.identity = identity;
             known.groups = groups.clone();
+            known.server = server;
             known.orphaned_at = None;
         })
         .map_err(|error| error.to_string())?;
         match self.entries.get_mut(name) {
             Some(entry) => {
                 tracing::info!(connector = name, "settings changed: restarting");
-                entry.groups = groups;
+                (entry.groups, entry.kind) = (groups, loaded.kind);
                 entry.keeper.restart(Some(loaded.connector));
             }
             None => {
                 let paused = self.state.get(name).is_some_and(|known| known.paused);
                 tracing::info!(connector = name, kind = loaded.kind, paused, "starting");
                 let keeper = Keeper::start(name.into(), loaded.connector, self.resources.clone(), paused, self.drain);
-                let entry = Entry { file: path.to_owned(), kind: loaded.kind, groups, keeper };
+                let parks = loaded.kind != "postgres-source";
+                let entry = Entry { file: path.to_owned(), kind: loaded.kind, groups, parks, keeper };
                 self.entries.insert(name.to_owned(), entry);
             }
         }
@@ -211,6 +266,26 @@ impl Roster {
         self.applied.insert(path.to_owned(), Applied { text: text.to_owned(), name });
     }
 
+    /// The file is there under another name: the connector runs on. Whether its text has changed is seen later.
+    fn renamed(&mut self, path: &Path, files: &Files) -> bool {
+        let Some(name) = self.applied.get(path).and_then(|applied| applied.name.clone()) else { return false };
+        let world = World { systems: &self.systems, state: &self.folder };
+        let new = files.iter().find(|(other, text)| {
+            !self.applied.contains_key(*other) && load(other, text, &world).is_ok_and(|loaded| loaded.name == name)
+        });
+        let (Some((new, _)), Some(entry)) = (new, self.entries.get_mut(&name)) else { return false };
+        tracing::info!(connector = name, "{} is now {}", path.display(), new.display());
+        entry.file.clone_from(new);
+        if let Some(applied) = self.applied.remove(path) {
+            self.applied.insert(new.clone(), applied);
+        }
+        self.problems.remove(path);
+        if let Err(error) = self.remember(&name, |known| known.file.clone_from(new)) {
+            tracing::error!("{error}");
+        }
+        true
+    }
+
     fn removed(&mut self, path: &Path) {
         self.problems.remove(path);
         let Some(Applied { name: Some(name), .. }) = self.applied.remove(path) else { return };
@@ -226,12 +301,13 @@ impl Roster {
             .state
             .all()
             .filter(|(name, known)| {
-                !self.entries.contains_key(*name) && known.orphaned_at.is_none() && !files.contains_key(&known.file)
+                let of_a_file = self.entries.contains_key(*name) || files.contains_key(&known.file);
+                !of_a_file && known.orphaned_at.is_none() && !self.is_about_to_start(name)
             })
             .map(|(name, known)| (name.to_owned(), known.identity.clone()))
             .collect();
         for (name, identity) in orphans {
-            warn_of_orphan(&name, &identity);
+            warn_of_orphan(&name, &identity, None);
             let now = chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Secs, true);
             if let Err(error) = self.remember(&name, |known| known.orphaned_at = Some(now)) {
                 tracing::error!("{error}");
@@ -239,11 +315,16 @@ impl Roster {
         }
     }
 
-    /// Says again which removed connectors still hold something.
-    pub fn warn_of_orphans(&self) {
+    /// It has a file anew, under another path, and waits for its own end.
+    fn is_about_to_start(&self, name: &str) -> bool {
+        self.later.iter().any(|waiting| waiting == name)
+    }
+
+    /// Says again which removed connectors still hold something; `kept` knows the bytes of WAL by connector.
+    pub fn warn_of_orphans(&self, kept: impl Fn(&str) -> Option<u64>) {
         for (name, known) in self.state.all() {
             if known.orphaned_at.is_some() {
-                warn_of_orphan(name, &known.identity);
+                warn_of_orphan(name, &known.identity, kept(name));
             }
         }
     }
@@ -262,46 +343,52 @@ impl Roster {
     /// Restarts with the file as it is now: what it refers to (secrets, say) is read anew.
     pub fn restart(&mut self, name: &str) -> Option<Result<(), String>> {
         let entry = self.entries.get(name)?;
-        let world = World { systems: &self.systems, state: &self.folder };
-        let loaded = std::fs::read_to_string(&entry.file)
-            .map_err(|error| format!("{}: {error}", entry.file.display()))
-            .and_then(|text| load(&entry.file, &text, &world).map_err(|error| error.to_string()));
-        Some(loaded.and_then(|loaded| {
+        Some(self.load_again(&entry.file, name).and_then(|loaded| {
             if let Some(known) = self.state.get(name) {
                 same_identity(&entry.file, name, &loaded.kind, &loaded.connector.identity(), known)?;
             }
-            entry.keeper.restart((loaded.name == name).then_some(loaded.connector));
+            entry.keeper.restart(Some(loaded.connector));
             Ok(())
         }))
     }
 
-    /// Takes the file's identity for the connector's own from now on; the old one's slot stays behind.
-    pub fn migrate(&mut self, name: &str) -> Result<String, String> {
-        let known = self.state.get(name).cloned().ok_or_else(|| format!("no connector '{name}'"))?;
+    /// The connector as its file has it now, where that is of another identity than what is remembered.
+    pub fn of_another_identity(&self, name: &str) -> Result<Option<Arc<dyn Connector>>, String> {
+        let known = self.state.get(name).ok_or_else(|| format!("no connector '{name}'"))?;
+        let loaded = self.load_again(&known.file, name)?;
+        let same = loaded.connector.identity() == known.identity && loaded.kind == known.kind;
+        Ok((!same).then_some(loaded.connector))
+    }
+
+    fn load_again(&self, file: &Path, name: &str) -> Result<Loaded, String> {
         let world = World { systems: &self.systems, state: &self.folder };
-        let text =
-            std::fs::read_to_string(&known.file).map_err(|error| format!("{}: {error}", known.file.display()))?;
-        let loaded = load(&known.file, &text, &world).map_err(|error| error.to_string())?;
-        if loaded.name != name {
-            return Err(format!("{} holds '{}', not '{name}'", known.file.display(), loaded.name));
+        let text = std::fs::read_to_string(file).map_err(|error| format!("{}: {error}", file.display()))?;
+        let loaded = load(file, &text, &world).map_err(|error| error.to_string())?;
+        match loaded.name == name {
+            true => Ok(loaded),
+            false => Err(format!("{} holds '{}', not '{name}'", file.display(), loaded.name)),
         }
-        let identity = loaded.connector.identity();
-        if identity == known.identity && loaded.kind == known.kind {
-            return Ok(format!("'{name}' is as its file says; nothing to do"));
+    }
+
+    /// `connector`, reset already, is `name` from now on. What the old identity left (a slot) is remembered as an
+    /// orphan of its own; says so.
+    pub fn migrated(&mut self, name: &str, connector: Arc<dyn Connector>) -> Result<String, String> {
+        let Some(before) = self.state.get(name).cloned() else { return Err(format!("no connector '{name}'")) };
+        let identity = connector.identity();
+        let mut left = String::new();
+        if let Some(orphan) = kinds::orphan_of(name, &before.identity, &identity) {
+            let now = chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Secs, true);
+            left = format!("; what it had before is left, 'tidegate connectors forget {orphan}' drops it");
+            let remembered = super::state::Remembered { orphaned_at: Some(now), groups: Vec::new(), ..before.clone() };
+            self.remember(&orphan, |known| *known = remembered).map_err(|error| error.to_string())?;
         }
-        self.remember(name, |known| {
-            known.identity = identity;
-            known.kind = loaded.kind;
-        })
-        .map_err(|error| error.to_string())?;
-        if let Some(applied) = self.applied.get_mut(&known.file) {
+        // The kind is taken from the file, which is looked at again.
+        self.remember(name, |known| (known.identity, known.kind) = (identity, String::new()))
+            .map_err(|error| error.to_string())?;
+        if let Some(applied) = self.applied.get_mut(&before.file) {
             applied.text.clear();
         }
-        let left = match known.identity.get("slot.name") {
-            Some(slot) => format!("; the old slot '{slot}' is left: drop it when nothing needs it"),
-            None => String::new(),
-        };
-        Ok(format!("'{name}' starts anew under its new identity{left}"))
+        Ok(left)
     }
 
     /// Forgets a connector whose file is gone.
@@ -329,8 +416,8 @@ impl Roster {
 
 enum Outcome {
     Done,
-    /// The connector that had the name before has not ended yet.
-    Later,
+    /// The connector that had this name before has not ended yet.
+    Later(String),
 }
 
 fn same_identity(
@@ -362,11 +449,12 @@ fn same_identity(
     ))
 }
 
-fn warn_of_orphan(name: &str, identity: &Identity) {
+fn warn_of_orphan(name: &str, identity: &Identity, kept: Option<u64>) {
     match identity.get("slot.name") {
         Some(slot) => tracing::warn!(
             connector = name,
             slot,
+            wal_kept_bytes = kept,
             "the connector's file is gone and its replication slot '{slot}' is orphaned: the server keeps WAL for it, \
              until the disk is full. hint: put the file back, or drop the slot with 'tidegate connectors forget {name}'"
         ),

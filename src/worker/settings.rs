@@ -20,6 +20,9 @@ const DATA: &str = "/var/lib/tidegate";
 /// What `config/tidegate.yaml` says.
 #[derive(Clone)]
 pub struct WorkerSettings {
+    /// Where this was read, once, at the start; and a checksum of its text then.
+    pub file: PathBuf,
+    pub checksum: u32,
     pub datastore: DatastoreSettings,
     pub log: LogSettings,
     pub registry: RegistrySettings,
@@ -64,7 +67,15 @@ pub struct LoggingSettings {
 impl WorkerSettings {
     pub fn read_file(path: &Path) -> Result<Self, ConfigError> {
         let folder = path.parent().unwrap_or(Path::new(""));
-        Self::read(Section::new(config::parse_file(path)?, "the worker's settings")?, folder)
+        let checksum = checksum(path);
+        let mut settings = Self::read(Section::new(config::parse_file(path)?, "the worker's settings")?, folder)?;
+        (settings.file, settings.checksum) = (path.to_owned(), checksum);
+        Ok(settings)
+    }
+
+    /// The file has another text than when it was read. One that can't be read at the moment has not.
+    pub fn has_changed(&self) -> bool {
+        ![0, self.checksum].contains(&checksum(&self.file))
     }
 
     /// Relative paths count from `folder`, where the file is.
@@ -100,8 +111,26 @@ impl WorkerSettings {
         let drain = section.or("shutdown.deadline", Duration::from_secs(20))?;
         let systems = read_systems(&mut section)?;
         section.finish()?;
-        Ok(WorkerSettings { datastore, log, registry, systems, connectors, rest, state, logging, drain })
+        let (file, checksum) = (PathBuf::new(), 0);
+        Ok(WorkerSettings {
+            file,
+            checksum,
+            datastore,
+            log,
+            registry,
+            systems,
+            connectors,
+            rest,
+            state,
+            logging,
+            drain,
+        })
     }
+}
+
+/// 0 where the file can't be read.
+fn checksum(path: &Path) -> u32 {
+    std::fs::read(path).map_or(0, |text| crc32fast::hash(&text))
 }
 
 /// `path` as seen from `folder`, with `config/../connectors` shortened to `connectors`.

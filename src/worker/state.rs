@@ -22,6 +22,9 @@ pub struct Remembered {
     pub identity: Identity,
     #[serde(default)]
     pub groups: Vec<String>,
+    /// Where its slot is, if not in the datastore's server.
+    #[serde(default)]
+    pub server: Option<String>,
     #[serde(default)]
     pub paused: bool,
     /// Since when its file is gone, as an RFC 3339 time; its slot or consumer group is still there.

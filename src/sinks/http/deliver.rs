@@ -132,7 +132,10 @@ impl Delivery {
             }
             match running.next().await {
                 None => break,
-                Some(Ok(more)) => counts += more,
+                Some(Ok(more)) => {
+                    counts += more;
+                    self.status.set_moved();
+                }
                 // One that needs a person wins.
                 Some(Err(again)) => {
                     if fault.as_ref().is_none_or(|fault| fault.kind != FaultKind::Stop) {

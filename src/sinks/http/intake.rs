@@ -69,9 +69,6 @@ impl Intake {
         }
         self.status.set_fact("dead_letters", rejected);
         self.status.set_fact("waiting", waiting);
-        let name = self.connector.clone();
-        metrics::gauge!("tidegate_dead_letters", "connector" => name.clone()).set(rejected as f64);
-        metrics::gauge!("tidegate_waiting_records", "connector" => name).set(waiting as f64);
         Ok(())
     }
 }

@@ -51,6 +51,7 @@ use writer::Writer;
 
 pub use plan::{plan, preview};
 pub use settings::{CaptureSettings, OnIncompatible, SnapshotMode};
+pub use watch::measure_slot;
 
 /// Time without any move after which the replication connection is closed.
 const STALLED: Duration = Duration::from_secs(10);
@@ -283,19 +284,23 @@ impl PostgresSource {
 
     fn tell_lag(&self) {
         let Stage::Streaming(streaming) = &self.stage else { return };
-        let server = streaming.feed.acknowledged.server_end();
-        let durable = streaming.feed.acknowledged.durable();
-        let bytes = server.bytes_since(durable);
+        let acknowledged = &streaming.feed.acknowledged;
         let idle = self.batches_handed == self.batches_durable
+            && streaming.has_read_all()
             && self.writer.as_ref().is_none_or(|writer| writer.batch.is_empty() && !writer.in_transaction());
+        // The server tells how far it has decoded, not how far its WAL goes: that was asked on the side, long enough
+        // ago that it has told of it since if it is not behind.
+        let end = acknowledged.server_end().max(self.watch.wal_end());
+        // An idle capture has read all that it was sent, though the slot is told only now and then.
+        let read = match &self.writer {
+            Some(writer) if idle => writer.position.commit_end.max(acknowledged.durable()),
+            _ => acknowledged.durable(),
+        };
         let seconds = match self.writer.as_ref().and_then(|writer| writer.last_commit_us) {
             Some(time) if !idle => (now_us() - time).max(0) as f64 / 1e6,
             _ => 0.0,
         };
-        self.status.set_lag(Lag { bytes: Some(bytes), seconds: Some(seconds), events: None });
-        let name = self.name.to_string();
-        metrics::gauge!("tidegate_replication_lag_bytes", "connector" => name.clone()).set(bytes as f64);
-        metrics::gauge!("tidegate_replication_lag_seconds", "connector" => name).set(seconds);
+        self.status.set_lag(Lag { bytes: Some(end.bytes_since(read)), seconds: Some(seconds), events: None });
     }
 
     /// What was handed on does not become durable, or what was received is not asked for.

@@ -133,15 +133,16 @@ pub async fn plan(
     session.close().await;
     for table in &wanted.tables {
         let name = table.full_name();
-        let rows = format!("about {} rows", table.estimated_rows);
+        let rows = match table.estimated_rows {
+            0 => "empty, or never analyzed".to_owned(),
+            1 => "about 1 row".to_owned(),
+            rows => format!("about {rows} rows"),
+        };
         plan.steps.push(step("keep", "table", &name, Some(rows)));
         if !table.readable && settings.snapshot != SnapshotMode::NoData {
             plan.problems.push(format!("role '{}' may not read {name}", facts.user));
-            plan.dba_sql.push(format!(
-                "GRANT USAGE ON SCHEMA {} TO {role}; GRANT SELECT ON {} TO {role};",
-                identifier(&table.schema),
-                qualified(&table.schema, &table.name)
-            ));
+            plan.dba_sql.push(format!("GRANT USAGE ON SCHEMA {} TO {role};", identifier(&table.schema)));
+            plan.dba_sql.push(format!("GRANT SELECT ON {} TO {role};", qualified(&table.schema, &table.name)));
         }
         if !table.has_identity() {
             plan.problems.push(format!(
@@ -152,7 +153,10 @@ pub async fn plan(
         let Some(shape) = shapes.get(&table.oid) else { continue };
         let topic = avro::topic_name(&settings.prefix, &shape.schema, &shape.name);
         let made = topics.contains(&topic);
-        let detail = (!made).then(|| format!("{} partitions", settings.partitions));
+        let detail = (!made).then(|| match settings.partitions {
+            1 => "1 partition".to_owned(),
+            partitions => format!("{partitions} partitions"),
+        });
         plan.steps.push(step(if made { "keep" } else { "create" }, "topic", &topic, detail));
         match avro::schemas(shape, &settings.encoding) {
             Err(error) => plan.problems.push(error.to_string()),

@@ -91,6 +91,13 @@ pub(super) struct Counters {
 const OPERATIONS: [Operation; 6] =
     [Operation::Create, Operation::Update, Operation::Delete, Operation::Read, Operation::Truncate, Operation::Message];
 
+/// A snapshot's table is let go of when it is read: what was counted since its last batch is not lost with it.
+impl Drop for Counters {
+    fn drop(&mut self) {
+        self.flush();
+    }
+}
+
 impl Counters {
     pub(super) fn new(connector: &str, table: &str) -> Self {
         let counter = |operation: Operation| {

@@ -11,6 +11,7 @@ use tokio::time::Instant;
 
 use crate::avro::SnapshotMarker;
 use crate::event::{CapturePosition, Oid, SnapshotProgress};
+use crate::pipeline::progress::progress;
 use crate::pipeline::{Fault, Status};
 use crate::postgres::frames::next_frame;
 
@@ -171,6 +172,9 @@ impl Snapshot {
             self.rows_read += 1;
             self.rows_of_table += 1;
             if writer.is_full() {
+                if let Some(output) = &mut captured.output {
+                    output.counters.flush();
+                }
                 return Ok(true);
             }
         }
@@ -220,16 +224,8 @@ impl Snapshot {
         let estimated: u64 = self.feed.tables.iter().map(|(_, rows)| rows).sum();
         let seconds = self.began.elapsed().as_secs_f64().max(0.001);
         let rate = self.rows_read as f64 / seconds;
-        let left = estimated.saturating_sub(self.rows_read) as f64 / rate.max(1.0);
-        status.set_progress(Some(format!(
-            "snapshot: {} of about {} rows, {} of {} tables, {:.0} rows/s, about {:.0} s left",
-            self.rows_read,
-            estimated.max(self.rows_read),
-            self.tables_done,
-            self.feed.tables.len(),
-            rate,
-            left
-        )));
+        let what = format!("snapshot of {} tables, {} done", self.feed.tables.len(), self.tables_done);
+        status.set_progress(Some(progress(&what, self.rows_read, estimated, "rows", rate)));
         metrics::gauge!("tidegate_snapshot_rows", "connector" => connector.to_owned()).set(self.rows_read as f64);
     }
 }

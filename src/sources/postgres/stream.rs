@@ -95,6 +95,11 @@ impl Streaming {
         }
     }
 
+    /// Nothing that was received is left to be looked at.
+    pub(super) fn has_read_all(&self) -> bool {
+        self.chunk.is_none() && self.feed.chunks.is_empty()
+    }
+
     /// Goes on until a batch, or a position alone, is to be handed on. Safe to drop at its await.
     pub(super) async fn next(
         &mut self,

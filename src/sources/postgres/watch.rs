@@ -1,4 +1,4 @@
-//! What the server keeps for the slot: polled on the side, told in status and metrics.
+//! What the server keeps for the slot, and how far its WAL goes: polled on the side, told in status and metrics.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,6 +7,7 @@ use serde_json::json;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+use crate::event::Lsn;
 use crate::pipeline::Status;
 use crate::postgres::slot::{self, Slot};
 
@@ -26,8 +27,16 @@ pub(super) struct Watch {
     expected: bool,
     due: Instant,
     look: Option<JoinHandle<()>>,
+    before: Arc<std::sync::Mutex<Before>>,
+}
+
+/// What earlier looks found.
+#[derive(Default)]
+struct Before {
     /// The last look: when, and how much WAL was kept.
-    before: Arc<std::sync::Mutex<Option<(Instant, u64)>>>,
+    kept: Option<(Instant, u64)>,
+    /// End of the WAL at the last look, and at the one before.
+    ends: [Lsn; 2],
 }
 
 impl Drop for Watch {
@@ -50,6 +59,11 @@ impl Watch {
             look: None,
             before: Arc::default(),
         }
+    }
+
+    /// Where the server's WAL ended some seconds ago: long enough for the stream to have told of it.
+    pub(super) fn wal_end(&self) -> Lsn {
+        self.before.lock().unwrap_or_else(std::sync::PoisonError::into_inner).ends[1]
     }
 
     /// Begins a look when one is due. `expected`: see there.
@@ -95,15 +109,18 @@ impl Watch {
     }
 }
 
-fn tell(slot: &Slot, slot_name: &str, name: &str, status: &Status, before: &std::sync::Mutex<Option<(Instant, u64)>>) {
+fn tell(slot: &Slot, slot_name: &str, name: &str, status: &Status, before: &std::sync::Mutex<Before>) {
     let now = Instant::now();
     let mut before = before.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     // At the present rate, how long the WAL that may still be kept will last.
-    let growth = before.and_then(|(at, kept)| {
+    let growth = before.kept.and_then(|(at, kept)| {
         let grown = slot.kept_bytes.checked_sub(kept).filter(|grown| *grown > 0)?;
         Some(grown as f64 / now.duration_since(at).as_secs_f64().max(0.001))
     });
-    *before = Some((now, slot.kept_bytes));
+    before.kept = Some((now, slot.kept_bytes));
+    let confirmed = slot.confirmed_flush.unwrap_or_default();
+    before.ends = [Lsn(confirmed.0.saturating_add(slot.lag_bytes)), before.ends[0]];
+    drop(before);
     let seconds_left = match (slot.safe_wal_size, growth) {
         (Some(safe), Some(rate)) => Some((safe.max(0) as f64 / rate).round()),
         _ => None,
@@ -121,7 +138,16 @@ fn tell(slot: &Slot, slot_name: &str, name: &str, status: &Status, before: &std:
             "seconds_until_lost": seconds_left,
         }),
     );
-    let labels = [("connector", name.to_owned()), ("slot", slot_name.to_owned())];
+    measure_slot(name, slot_name, slot);
+    if matches!(slot.wal_status.as_str(), "unreserved" | "lost") {
+        tracing::error!(connector = name, slot = slot_name, wal_status = %slot.wal_status,
+            "the server is giving up the slot's WAL (max_slot_wal_keep_size)");
+    }
+}
+
+/// Puts what is known of a slot into the metrics.
+pub fn measure_slot(connector: &str, slot_name: &str, slot: &Slot) {
+    let labels = [("connector", connector.to_owned()), ("slot", slot_name.to_owned())];
     metrics::gauge!("tidegate_slot_wal_kept_bytes", &labels).set(slot.kept_bytes as f64);
     metrics::gauge!("tidegate_slot_lag_bytes", &labels).set(slot.lag_bytes as f64);
     if let Some(safe) = slot.safe_wal_size {
@@ -131,9 +157,5 @@ fn tell(slot: &Slot, slot_name: &str, name: &str, status: &Status, before: &std:
         let mut labels = labels.to_vec();
         labels.push(("wal_status", known.to_owned()));
         metrics::gauge!("tidegate_slot_wal_status", &labels).set(f64::from(u8::from(slot.wal_status == known)));
-    }
-    if matches!(slot.wal_status.as_str(), "unreserved" | "lost") {
-        tracing::error!(connector = name, slot = slot_name, wal_status = %slot.wal_status,
-            "the server is giving up the slot's WAL (max_slot_wal_keep_size)");
     }
 }

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::{Connector, Identity, World};
 use crate::config::{ConfigError, Section, Spanned};
-use crate::datastore::{forget_versions, load_cursor, save_cursor};
+use crate::datastore::{Missing, forget_versions, load_cursor, save_cursor};
 use crate::pipeline::{self, ConnectorContext, ConnectorState, Fault, Plan, PlanStep, ResetTo};
 use crate::sinks::datastore::{DatastoreSink, Hold, TableSettings, Tenure};
 use crate::sources::http::{HttpSource, PullSettings};
@@ -92,6 +92,8 @@ impl Connector for Settings {
     }
 
     async fn plan(&self, context: &ConnectorContext) -> Result<Plan, Fault> {
+        let mut missing: Vec<Missing> = context.datastore.missing().await?.into_iter().collect();
+        missing.extend(self.sink(context, None).problems().await?);
         let client = context.datastore.client().await?;
         let cursor = match load_cursor(&client, &context.name).await {
             Ok(stored) => stored.cursor.get("cursor").cloned().unwrap_or_default(),
@@ -108,7 +110,12 @@ impl Connector for Settings {
             name: self.table.into.to_string(),
             detail: Some(format!("reads {} of '{}' {from}", self.object, self.system)),
         };
-        Ok(Plan { steps: vec![step], dba_sql: Vec::new(), problems: self.sink(context, None).problems().await? })
+        let mut plan = Plan { steps: vec![step], ..Plan::default() };
+        for missing in missing {
+            plan.problems.push(missing.problem);
+            plan.dba_sql.extend(missing.sql);
+        }
+        Ok(plan)
     }
 
     /// What the first page of a run would do to the table now; nothing is written.

@@ -68,7 +68,8 @@ impl Connector for HttpSinkConnector {
             detail: Some(detail.to_owned()),
         };
         for topic in settings.topics.iter().filter(|topic| !there(topic)) {
-            plan.problems.push(format!("topic {topic} is not there yet; it comes with the first event of its table"));
+            let detail = Some("not there yet; it comes with the first event of its table".to_owned());
+            plan.steps.push(PlanStep { action: "await", what: "topic", name: topic.clone(), detail });
         }
         let group = http::group_of(&context.name);
         let known = context.log.group_lag(&group).await.is_ok_and(|lag| lag.iter().any(|lag| lag.committed.is_some()));

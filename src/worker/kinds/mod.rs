@@ -14,6 +14,7 @@ use serde_json::Value;
 
 use crate::config::{ConfigError, Section, Spanned};
 use crate::pipeline::{ConnectorContext, Fault, Plan, ResetTo};
+use crate::postgres::slot::Slot;
 use crate::systems::System;
 
 /// What the settings of a connector may refer to while they are read.
@@ -30,6 +31,11 @@ pub type Identity = BTreeMap<String, String>;
 #[async_trait]
 pub trait Connector: Send + Sync + 'static {
     fn identity(&self) -> Identity;
+
+    /// The server that it keeps something on, where that is not the worker's datastore: `user@host:port/database`.
+    fn server(&self) -> Option<String> {
+        None
+    }
 
     /// Consumer groups that it reads the log with, under the connector's name.
     fn groups(&self, name: &str) -> Vec<String>;
@@ -69,4 +75,38 @@ pub async fn forget(kind: &str, identity: &Identity, context: &ConnectorContext)
         "postgres-source" => postgres_source::forget(identity, context).await,
         _ => Ok(String::new()),
     }
+}
+
+/// The statements that [`forget`] runs, for a server that it can't reach.
+pub fn forget_sql(kind: &str, identity: &Identity) -> Vec<String> {
+    match kind {
+        "postgres-source" => postgres_source::forget_sql(identity),
+        _ => Vec::new(),
+    }
+}
+
+/// The slot that a connector without a file still holds in the datastore's server, by name.
+pub async fn left_slot(
+    kind: &str,
+    identity: &Identity,
+    context: &ConnectorContext,
+) -> Result<Option<(String, Slot)>, Fault> {
+    match kind {
+        "postgres-source" => postgres_source::left_slot(identity, context).await,
+        _ => Ok(None),
+    }
+}
+
+/// Whether a connector of this identity holds a slot.
+pub fn has_slot(identity: &Identity) -> bool {
+    identity.contains_key(postgres_source::SLOT)
+}
+
+/// The name under which what a connector had before its identity changed is remembered, where something of it is
+/// left. No connector can have such a name.
+pub fn orphan_of(name: &str, before: &Identity, now: &Identity) -> Option<String> {
+    let slot = before.get(postgres_source::SLOT)?;
+    let place = ["database.dbname", postgres_source::SLOT];
+    let moved = place.iter().any(|setting| before.get(*setting) != now.get(*setting));
+    moved.then(|| format!("{name}@{slot}"))
 }

@@ -5,11 +5,16 @@ use serde_json::Value;
 
 use super::{Connector, Identity, World};
 use crate::config::{ConfigError, Section};
+use crate::datastore::DatastoreSettings;
 use crate::event::{CapturePosition, Lsn, SnapshotProgress};
 use crate::pipeline::{self, ConnectorContext, Fault, Plan, ResetTo};
-use crate::postgres::{Address, Purpose, identifier, publication, replication, slot};
+use crate::postgres::slot::{self, Slot};
+use crate::postgres::{Address, Purpose, Session, identifier, literal, publication, replication};
 use crate::sinks::log::{LogDestination, stored_position};
 use crate::sources::postgres::{self, CaptureSettings, PostgresSource};
+
+pub const SLOT: &str = "slot.name";
+const PUBLICATION: &str = "publication.name";
 
 #[derive(Clone, Debug)]
 pub struct Settings(CaptureSettings);
@@ -31,10 +36,14 @@ impl Connector for Settings {
         let database = settings.database.as_ref().map(|database| database.dbname().to_owned());
         Identity::from([
             ("topic.prefix".to_owned(), settings.prefix.clone()),
-            ("slot.name".to_owned(), settings.slot.clone()),
-            ("publication.name".to_owned(), settings.publication.clone()),
+            (SLOT.to_owned(), settings.slot.clone()),
+            (PUBLICATION.to_owned(), settings.publication.clone()),
             ("database.dbname".to_owned(), database.unwrap_or_default()),
         ])
+    }
+
+    fn server(&self) -> Option<String> {
+        self.0.database.as_ref().map(DatastoreSettings::place)
     }
 
     fn groups(&self, _: &str) -> Vec<String> {
@@ -119,22 +128,15 @@ impl Connector for Settings {
 
 /// Drops the slot and the publication of a capture that is no more.
 pub async fn forget(identity: &Identity, context: &ConnectorContext) -> Result<String, Fault> {
-    let settings = CaptureSettings::new("");
-    let address = settings.address(context.datastore.settings())?;
-    let database = identity.get("database.dbname").filter(|name| !name.is_empty());
-    let mut address = address;
-    if let Some(database) = database {
-        address.dbname.clone_from(database);
-    }
-    let mut session = address.connect(Purpose::Sql).await?;
+    let mut session = connect(identity, context).await?;
     let mut done = Vec::new();
-    if let Some(name) = identity.get("slot.name")
+    if let Some(name) = identity.get(SLOT)
         && slot::find(&mut session, name).await?.is_some()
     {
         slot::drop_slot(&mut session, name).await?;
         done.push(format!("dropped slot '{name}'"));
     }
-    if let Some(name) = identity.get("publication.name")
+    if let Some(name) = identity.get(PUBLICATION)
         && publication::find(&mut session, name).await?.is_some()
     {
         let sql = format!("DROP PUBLICATION {}", identifier(name));
@@ -143,4 +145,28 @@ pub async fn forget(identity: &Identity, context: &ConnectorContext) -> Result<S
     }
     session.close().await;
     Ok(done.join(", "))
+}
+
+pub fn forget_sql(identity: &Identity) -> Vec<String> {
+    let slot =
+        identity.get(SLOT).map(|name| format!("SELECT pg_drop_replication_slot({});", literal(name).trim_start()));
+    let publication = identity.get(PUBLICATION).map(|name| format!("DROP PUBLICATION {};", identifier(name)));
+    slot.into_iter().chain(publication).collect()
+}
+
+pub async fn left_slot(identity: &Identity, context: &ConnectorContext) -> Result<Option<(String, Slot)>, Fault> {
+    let Some(name) = identity.get(SLOT) else { return Ok(None) };
+    let mut session = connect(identity, context).await?;
+    let found = slot::find(&mut session, name).await?;
+    session.close().await;
+    Ok(found.map(|slot| (name.clone(), slot)))
+}
+
+/// To the database that a capture without a file had, in the datastore's server.
+async fn connect(identity: &Identity, context: &ConnectorContext) -> Result<Session, Fault> {
+    let mut address = CaptureSettings::new("").address(context.datastore.settings())?;
+    if let Some(database) = identity.get("database.dbname").filter(|name| !name.is_empty()) {
+        address.dbname.clone_from(database);
+    }
+    Ok(address.connect(Purpose::Sql).await?)
 }

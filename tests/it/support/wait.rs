@@ -46,13 +46,15 @@ pub fn eventually<L: Look, F: AsyncFnMut() -> L>(
     async move {
         let start = Instant::now();
         let mut pause = Duration::from_millis(20);
+        let mut seen = String::new();
         loop {
-            let seen = match tokio::time::timeout(deadline.saturating_sub(start.elapsed()), look()).await {
+            seen = match tokio::time::timeout(deadline.saturating_sub(start.elapsed()), look()).await {
                 Ok(look) => match look.outcome() {
                     Ok(found) => return found,
                     Err(seen) => seen,
                 },
-                Err(_) => "a look that did not end".to_owned(),
+                // The deadline cut it off: the one before says more.
+                Err(_) => format!("{seen} (and a look that did not end)"),
             };
             assert!(start.elapsed() < deadline, "{caller}: not within {deadline:?}: {what}; last seen: {seen}");
             tokio::time::sleep(pause).await;
