@@ -11,6 +11,7 @@ mod delivery;
 mod echo;
 mod faults;
 mod first_run;
+mod folder;
 mod golden;
 mod health;
 mod imports;

@@ -7,7 +7,7 @@ use chrono::{DateTime, SecondsFormat, Utc};
 use serde_json::{Value, json};
 
 use super::{Connector, Identity, World};
-use crate::config::{ConfigError, Section, Spanned};
+use crate::config::{ConfigError, Section};
 use crate::datastore::{Missing, forget_versions, load_cursor, save_cursor};
 use crate::pipeline::{self, ConnectorContext, ConnectorState, Fault, Plan, PlanStep, ResetTo};
 use crate::sinks::datastore::{DatastoreSink, Hold, TableSettings, Tenure};
@@ -22,19 +22,11 @@ pub struct Settings {
 
 impl Settings {
     pub fn read(section: &mut Section, world: &World<'_>) -> Result<Self, ConfigError> {
-        let name: Spanned<String> = section.require("system")?;
-        let Some(system) = world.systems.get(name.as_str()) else {
-            let known: Vec<&str> = world.systems.keys().map(String::as_str).collect();
-            let error = ConfigError::new(&name.place, format!("there is no system `{}`", name.as_str()));
-            return Err(match known.is_empty() {
-                true => error.hint("systems are set in the worker's file, under `systems`"),
-                false => error.hint(format!("known: {}", known.join(", "))),
-            });
-        };
+        let system = super::system(section, world)?.value;
         let object: String = section.require("object")?;
         let table = TableSettings::read(section, system.compiler(), &object)?;
-        let pull = PullSettings::read(section, Arc::clone(system), object.clone())?;
-        Ok(Settings { system: name.value, object, pull: Arc::new(pull), table: Arc::new(table) })
+        let pull = PullSettings::read(section, system.clone(), object.clone())?;
+        Ok(Settings { system: system.name().to_owned(), object, pull: Arc::new(pull), table: Arc::new(table) })
     }
 
     fn source(&self, context: &ConnectorContext) -> HttpSource {

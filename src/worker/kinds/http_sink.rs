@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use serde_json::Value;
 
 use super::{Connector, Identity, World};
-use crate::config::{ConfigError, Section, Spanned};
+use crate::config::{ConfigError, Section};
 use crate::datastore::primary_key;
 use crate::log::StartAt;
 use crate::pipeline::{self, ConnectorContext, Fault, Plan, PlanStep, ResetTo};
@@ -19,14 +19,8 @@ pub struct HttpSinkConnector {
 
 /// Reads the settings; the caller finishes the section.
 pub fn read(section: &mut Section, world: &World<'_>) -> Result<Arc<dyn Connector>, ConfigError> {
-    let name: Spanned<String> = section.require("system")?;
-    let Some(system) = world.systems.get(&name.value) else {
-        let known: Vec<_> = world.systems.keys().map(String::as_str).collect();
-        let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
-        return Err(ConfigError::new(&name.place, format!("there is no system `{}`", name.value))
-            .hint(format!("systems of the worker's file: {known}")));
-    };
-    let settings = Settings::read(section, system.clone())?;
+    let system = super::system(section, world)?.value;
+    let settings = Settings::read(section, system)?;
     Ok(Arc::new(HttpSinkConnector { settings: Arc::new(settings) }))
 }
 

@@ -69,6 +69,21 @@ pub fn read(
     }
 }
 
+/// The system that `system:` names.
+fn system(section: &mut Section, world: &World<'_>) -> Result<Spanned<Arc<System>>, ConfigError> {
+    let name: Spanned<String> = section.require("system")?;
+    if let Some(system) = world.systems.get(name.as_str()) {
+        return Ok(Spanned::new(system.clone(), name.place));
+    }
+    let known: Vec<&str> = world.systems.keys().map(String::as_str).collect();
+    let error = ConfigError::new(&name.place, format!("there is no system `{}`", name.as_str()));
+    let read = "a running worker has read them at its start: restart it after a change";
+    Err(match known.is_empty() {
+        true => error.hint(format!("systems are set in the worker's file, under `systems`; {read}")),
+        false => error.hint(format!("known: {}; {read}", known.join(", "))),
+    })
+}
+
 /// Removes what a connector of this kind has left in the datastore (a slot, say); says what was done.
 pub async fn forget(kind: &str, identity: &Identity, context: &ConnectorContext) -> Result<String, Fault> {
     match kind {
