@@ -164,7 +164,8 @@ async fn a_changed_file_of_the_worker_is_told_and_taken_up_at_the_next_start() {
     eventually(SOON, "it is told", async || told().await.contains("restart the worker")).await;
     assert!(office.workshop.ask(["status"]).await.contains("has changed since the worker read it"));
     // A connector of the new system is refused with that.
-    let sink = "name: late\ntype: http-sink\nsystem: erp\nobject: x\ntopics: t\ncreate: none\n";
+    let sink = "name: late\ntype: http-sink\nsystem: erp\nobject: x\ntopics: t\n\
+         match: { request: GET /x, id: '.[].id' }\ncreate: POST /x\n";
     office.workshop.connector("late.yaml", sink);
     office.until_not_ready(&["there is no system `erp`", "restart"]).await;
     worker.signal("TERM");
