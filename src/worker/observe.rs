@@ -56,6 +56,9 @@ pub struct Watched {
     pub parks: bool,
 }
 
+/// Connector, group, and how far each partition is behind.
+type GroupLag = (String, String, Vec<PartitionLag>);
+
 /// A slot that nobody reads.
 pub struct LeftSlot {
     pub connector: String,
@@ -313,7 +316,7 @@ impl Observer {
             let losses: Vec<LossReport> = log.losses().await?.iter().map(LossReport::from).collect();
             Ok((all, losses))
         };
-        self.lags.ask(ask, move |(all, losses): (Vec<(String, String, Vec<PartitionLag>)>, Vec<LossReport>)| {
+        self.lags.ask(ask, move |(all, losses): (Vec<GroupLag>, Vec<LossReport>)| {
             let mut behind_of: BTreeMap<String, u64> = BTreeMap::new();
             for (name, group, lags) in all {
                 let sum = behind_of.entry(name.clone()).or_default();
