@@ -140,7 +140,7 @@ async fn find(inside: Shared, Query(asked): Query<Vec<(String, String)>>) -> Ans
     let found: Vec<Value> = inside
         .customers
         .iter()
-        .filter(|customer| wanted.as_ref().is_none_or(|wanted| customer["ref"].to_string() == *wanted))
+        .filter(|customer| wanted.as_ref().is_none_or(|wanted| customer["ref"].as_i64() == wanted.parse().ok()))
         .cloned()
         .collect();
     (StatusCode::OK, Json(json!(found)))
