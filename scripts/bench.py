@@ -129,7 +129,9 @@ class Worker:
             sys.exit("the worker ended:\n" + (self.folder / "out").read_text()[-2000:])
 
     def wait_until_it_streams(self):
-        wait("the worker to stream", 60, lambda: self.check() or self.pg.streams(self.name))
+        # The slot alone does not say it: it is active while it is made, too.
+        said = lambda: "streaming" in (self.folder / "out").read_text()
+        wait("the worker to stream", 60, lambda: self.check() or (said() and self.pg.streams(self.name)))
 
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
