@@ -415,7 +415,7 @@ async fn long_work_shows_rows_rate_and_time_left_in_status_and_log() {
     office
         .database
         .execute(
-            "INSERT INTO customers SELECT n, repeat('x', 300) FROM generate_series(10, 150000) n; ANALYZE customers",
+            "INSERT INTO customers SELECT n, repeat('x', 300) FROM generate_series(10, 600000) n; ANALYZE customers",
         )
         .await;
     let worker = office.workshop.start().await;
