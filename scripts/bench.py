@@ -94,8 +94,10 @@ class Postgres:
         self.sql(f"do $$ begin for k in 0..{rows // transaction - 1} loop insert into public.bench {ROW} from "
                  f"generate_series({first} + k * {transaction}::bigint, {first} + (k + 1) * {transaction}::bigint - 1) i; "
                  "commit; end loop; end $$")
+        # The end of the last commit, and nothing behind it: what is not a commit is confirmed only now and then.
+        end = self.sql("select pg_current_wal_lsn()")
         self.sql("checkpoint")
-        return self.sql("select pg_current_wal_lsn()")
+        return end
 
     def stop(self):
         self.asking.stdin.close()
