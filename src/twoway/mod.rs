@@ -18,4 +18,4 @@ pub use flips::{Direction, MAX_FLIPS, next_flips};
 pub use order::{moment, naive, order};
 pub use receive::{Conflict, Incoming, Owner, Policy, Write, what_to_write};
 pub use send::{Fields, Outgoing, Send, difference, what_to_send};
-pub use sent::{Sent, SentColumn, SentColumns, changed_columns};
+pub use sent::{Sent, SentColumn, SentColumns, changed_columns, other_than};

@@ -54,7 +54,10 @@ fn sent_columns(base: Option<&Map<String, Value>>, now: &Map<String, Value>) -> 
     let mut changed = changed_columns(base, now);
     changed.retain(|name, was| {
         with(now, name, was) != to_remote(now)
-            || base.is_some_and(|base| with(base, name, &now[name.as_str()]) != to_remote(base))
+            || match base {
+                Some(base) => with(base, name, &now[name.as_str()]) != to_remote(base),
+                None => with(now, name, &other_than(&now[name.as_str()])) != to_remote(now),
+            }
     });
     changed
 }
@@ -195,7 +198,7 @@ fn conflict() -> impl Strategy<Value = Conflict> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 4000, ..ProptestConfig::default() })]
 
     #[test]
     fn after_any_edits_both_sides_agree_and_fall_silent(

@@ -113,6 +113,22 @@ pub fn changed_columns(agreed: Option<&Map<String, Value>>, now: &Map<String, Va
     changed.map(|(name, _, was)| (name.clone(), was)).collect()
 }
 
+/// A value that no map takes for `value`: tells whether a column is seen in what is sent, where nothing is known to be
+/// agreed on.
+pub fn other_than(value: &Value) -> Value {
+    match value {
+        Value::Bool(value) => json!(!value),
+        // Far enough away that rounding does not hide it.
+        Value::Number(number) => match (number.as_i64(), number.as_f64()) {
+            (Some(number), _) => json!(number.checked_add(1_000_003).unwrap_or(0)),
+            (None, Some(number)) => json!(number * 2.0 + 1_000_003.0),
+            (None, None) => Value::Null,
+        },
+        Value::String(text) => json!(format!("~{text}")),
+        _ => json!("~"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;

@@ -11,7 +11,7 @@ use super::expressions::Answers;
 use crate::datastore::{GenericClient, Intent, Link};
 use crate::pipeline::Fault;
 use crate::systems::{HttpResponse, RequestTemplate};
-use crate::twoway::{Sent, changed_columns, same};
+use crate::twoway::{Sent, changed_columns, other_than, same};
 
 impl Delivery {
     /// The columns of a document that differ from what is agreed on and are seen in what is sent, each with its agreed
@@ -34,9 +34,16 @@ impl Delivery {
         let mut unseen = Vec::new();
         for (name, was) in &changed {
             let put_back = (document, with(document, name, was));
-            let moved_alone = agreed.map(|agreed| (agreed, with(agreed, name, &now[name.as_str()])));
+            let second = match agreed {
+                Some(agreed) => (agreed, with(agreed, name, &now[name.as_str()])),
+                // A map may take null for the very value: zero, an empty text.
+                None => (document, with(document, name, &other_than(&now[name.as_str()]))),
+            };
             let mut seen = false;
-            for (one, other) in [Some(put_back), moved_alone].into_iter().flatten() {
+            for (one, other) in [put_back, second] {
+                if seen {
+                    break;
+                }
                 let one = self.map(client, answers, one, shown).await?;
                 let other = self.map(client, answers, &other, shown).await?;
                 // What can't be mapped so may still be sent.
