@@ -95,10 +95,13 @@ impl FromNode for Duration {
     }
 }
 
+/// A hundred years: what is longer is a slip, and no clock can be asked to add it.
+const LONGEST: Duration = Duration::from_secs(100 * 366 * 86_400);
+
 /// `500ms`, `1.5s`, `1h30m`; a plain number is milliseconds, as in Kafka's settings.
 fn duration(text: &str) -> Option<Duration> {
     if let Ok(milliseconds) = text.parse::<u64>() {
-        return Some(Duration::from_millis(milliseconds));
+        return Some(Duration::from_millis(milliseconds)).filter(|time| *time <= LONGEST);
     }
     let mut rest = text;
     let mut sum = Duration::ZERO;
@@ -118,7 +121,7 @@ fn duration(text: &str) -> Option<Duration> {
         sum = sum.checked_add(Duration::try_from_secs_f64(seconds).ok()?)?;
         rest = rest[unit_ends..].trim_start();
     }
-    (!text.is_empty()).then_some(sum)
+    (!text.is_empty() && sum <= LONGEST).then_some(sum)
 }
 
 /// A number of bytes: `64kb`, `16mb`, `1gb` (by 1024), or a plain number.

@@ -222,6 +222,9 @@ fn asked(function: &str, object: &Val, key: &Val) -> Result<Option<(String, Valu
         }
         Value::Number(_) | Value::String(_) => false,
     };
+    if key.to_string().contains("\\u0000") {
+        return Err(Error::str(format!("{function}(object; key): {key} holds a NUL, which no key does")));
+    }
     Ok((!empty).then(|| (String::from_utf8_lossy(name).into_owned(), key)))
 }
 

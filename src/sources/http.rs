@@ -2,40 +2,38 @@
 //!
 //! A run reads the listing from `$cursor` (the stored cursor, put back by `lookback`) to its end. Every page is a
 //! batch, and is saved with the run's place in the transaction that writes its rows, so that a killed run goes on at
-//! the page it had come to. The cursor itself moves at the end of the run, since a listing need not be in the
-//! cursor's order, and never past the time the listing began by the system's clock: what changes on a page read
-//! before is seen by the next run. Runs never overlap.
+//! the page it had come to. The cursor itself moves at the end of the run, and never past what the run may not have
+//! seen (`run`). Runs never overlap.
 //!
 //! Before each request the datastore's push sequence is noted (CORRECTNESS 20): a link pushed since then is newer
 //! than the page.
 
+mod fetch;
 mod incremental;
+mod page;
 mod paginator;
+mod run;
 mod schedule;
+mod settings;
 
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
-use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
-use self::incremental::{Incremental, no_later};
-use self::paginator::{Next, Paginator, Position};
+use self::fetch::{Answered, Fetched, fetch};
+pub use self::page::{Page, PageRecord, SaveCursor};
+use self::run::{PullState, Run, Then, further};
 use self::schedule::Schedule;
-use crate::config::{ConfigError, Section, Spanned};
-use crate::datastore::{self, Datastore, Listed, listing_begins, load_cursor, push_seq_now};
-use crate::log::ConsumedRecord;
-use crate::mapping::{Compiler, MapError, Program, Scope};
+pub use self::settings::PullSettings;
+use crate::datastore::{self, Datastore, listing_begins, load_cursor};
 use crate::pipeline::{Batch, Fault, Lag, Source, Status};
-use crate::systems::{Answer, BreakerState, HttpRequest, HttpResponse, RequestTemplate, System};
+use crate::systems::BreakerState;
 use crate::twoway::order;
 
-/// Pages of one run, at the most: a listing that has more is taken for one that never ends.
-const MAX_PAGES: u64 = 1_000_000;
 /// Records of one batch that were held.
 const HELD_BATCH: i64 = 200;
 /// How often a waiting pull looks for records whose time to be tried again has come.
@@ -46,125 +44,8 @@ const RESUME_WITHIN: Duration = Duration::from_secs(24 * 3600);
 const BREAKER_WAIT: Duration = Duration::from_secs(20);
 /// A run for the sake of records that a delivery has overtaken comes no sooner than this after the last.
 const RELIST: Duration = Duration::from_secs(5);
-
-/// What a pull reads.
-pub struct PullSettings {
-    pub system: Arc<System>,
-    pub object: String,
-    request: RequestTemplate,
-    paginator: Paginator,
-    records: Program,
-    incremental: Option<Incremental>,
-    schedule: Schedule,
-}
-
-impl PullSettings {
-    /// Takes `request`, `params`, `headers`, `timeout`, `paginator`, `records`, `incremental`, `every`, `cron`,
-    /// `timezone`.
-    pub fn read(section: &mut Section, system: Arc<System>, object: String) -> Result<Self, ConfigError> {
-        let compiler: &Compiler = system.compiler();
-        let line: Spanned<String> = section.require("request")?;
-        let mut request = RequestTemplate::from_line(&line, compiler)?;
-        request.take_params(section, compiler)?;
-        if let Some(body) = section.take::<Spanned<String>>("body")? {
-            request.body = Some(compiler.jq(&body)?);
-        }
-        let paginator = Paginator::read(section.section("paginator")?, compiler)?;
-        let records: Option<Spanned<String>> = section.take("records")?;
-        let records = records.unwrap_or_else(|| Spanned::new(".".to_owned(), section.place().clone()));
-        let records = compiler.jq(&records)?;
-        let incremental =
-            section.section("incremental")?.map(|inner| Incremental::read(inner, compiler)).transpose()?;
-        if paginator.needs_cursor() && incremental.is_none() {
-            return Err(section
-                .missing("incremental")
-                .hint("a `single` listing with a `limit` is asked again from its cursor"));
-        }
-        let schedule = Schedule::read(section)?;
-        Ok(PullSettings { object, request, paginator, records, incremental, schedule, system })
-    }
-
-    /// Whether there is a cursor.
-    pub fn is_incremental(&self) -> bool {
-        self.incremental.is_some()
-    }
-}
-
-/// A page on its way into the datastore.
-#[derive(Debug)]
-pub struct Page {
-    pub records: Vec<PageRecord>,
-    /// `None` for records that are only tried again.
-    pub save: Option<SaveCursor>,
-    pub bytes: usize,
-}
-
-#[derive(Clone, Debug)]
-pub struct PageRecord {
-    pub record: Value,
-    /// The push sequence noted before the record was fetched.
-    pub push_seq: i64,
-    /// The record's own cursor; null without one.
-    pub cursor: Value,
-    /// Why it can't be applied: its cursor is none.
-    pub bad: Option<String>,
-    /// The dead letter that it is replayed from: its key, and how it is parked.
-    pub letter: Option<Box<(Value, ConsumedRecord)>>,
-}
-
-/// The pull's state after a page.
-#[derive(Clone, Debug)]
-pub struct SaveCursor {
-    pub state: Value,
-    /// Generation of the state that the page began from.
-    pub seen: i64,
-    /// At the end of a complete run: when it began.
-    pub listed_since: Option<Listed>,
-    /// The state tells nothing that the stored one does not: it need not be written.
-    pub idle: bool,
-}
-
-/// What is kept in `tidegate.cursors`.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-struct PullState {
-    #[serde(default)]
-    cursor: Value,
-    /// When the last complete run began.
-    #[serde(default)]
-    last_run: Option<DateTime<Utc>>,
-    #[serde(default)]
-    run: Option<Run>,
-}
-
-/// A run under way.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-struct Run {
-    /// `$cursor` of this run.
-    since: Value,
-    /// The furthest cursor and tie breaker seen.
-    high: Value,
-    #[serde(default)]
-    tie: Value,
-    began: DateTime<Utc>,
-    /// The system's time when it answered first.
-    remote_began: Option<DateTime<Utc>>,
-    #[serde(default)]
-    listed: Listed,
-    next: Position,
-    pages: u64,
-    records: u64,
-    largest: usize,
-    /// Of the last page, to notice one that comes twice.
-    page_hash: Option<u64>,
-}
-
-/// A page as it came.
-struct Fetched {
-    request: HttpRequest,
-    /// `None`: there is no such page.
-    response: Option<HttpResponse>,
-    push_seq: i64,
-}
+/// How often in a row a listing is begun anew when a page in the middle of it is refused.
+const BEGINNINGS: u32 = 3;
 
 pub struct HttpSource {
     settings: Arc<PullSettings>,
@@ -186,6 +67,10 @@ pub struct HttpSource {
     ended: Option<tokio::time::Instant>,
     /// Runs of this process that are at their end; the last one's last page may still be on its way.
     runs: u64,
+    /// How often in a row the run was broken off since a page in its middle was refused.
+    refused: u32,
+    /// The stored run leads to a refused page: the next one begins anew.
+    anew: bool,
 }
 
 impl HttpSource {
@@ -204,6 +89,8 @@ impl HttpSource {
             fresh: true,
             ended: None,
             runs: 0,
+            refused: 0,
+            anew: false,
         }
     }
 
@@ -213,11 +100,13 @@ impl HttpSource {
         let state = self.state.clone().unwrap_or_default();
         let run = self.begin(&state).await?;
         let fetched = fetch(Arc::clone(&self.settings), self.datastore.clone(), &run).await?;
-        let Some(response) = &fetched.response else {
-            return Ok(Page { records: Vec::new(), save: None, bytes: 0 });
-        };
-        let records = self.records(response, fetched.push_seq, &run.high)?;
-        Ok(Page { records, save: None, bytes: 0 })
+        match &fetched.answered {
+            Answered::Refused(reason) => Err(Fault::stop(reason.clone())),
+            Answered::NoPage => Ok(Page::new(Vec::new(), None)),
+            Answered::Page(response) => {
+                Ok(Page::new(self.settings.records_of(response, fetched.push_seq, &run.high)?, None))
+            }
+        }
     }
 
     async fn load(&mut self) -> Result<(), Fault> {
@@ -234,7 +123,7 @@ impl HttpSource {
         };
         self.stored = (stored.generation > 0).then(|| state.clone());
         if let Some(run) = &state.run
-            && (Utc::now() - run.began).to_std().is_ok_and(|age| age > RESUME_WITHIN)
+            && (self.anew || (Utc::now() - run.began).to_std().is_ok_and(|age| age > RESUME_WITHIN))
         {
             state.run = None;
         }
@@ -258,57 +147,7 @@ impl HttpSource {
                 }
             }
         }
-        Ok(Run {
-            since,
-            high,
-            tie: Value::Null,
-            began: Utc::now(),
-            remote_began: None,
-            listed,
-            next: Position::Start,
-            pages: 0,
-            records: 0,
-            largest: 0,
-            page_hash: None,
-        })
-    }
-
-    /// `reached`: the furthest cursor so far. A record whose cursor can't be taken for one is its own fault, but a page
-    /// of nothing else is the settings'.
-    fn records(&self, response: &HttpResponse, push_seq: i64, reached: &Value) -> Result<Vec<PageRecord>, Fault> {
-        let wrong = |error: MapError| Fault::stop(format!("`records: {}`: {error}", self.settings.records.text()));
-        let found = self.settings.records.run(&response.body, &Scope::default()).map_err(wrong)?;
-        let found = match <[Value; 1]>::try_from(found) {
-            Ok([Value::Array(records)]) => records,
-            Ok([Value::Null]) => Vec::new(),
-            Ok([other]) if !other.is_object() => {
-                return Err(Fault::stop(format!(
-                    "`records: {}` must give records, but gives: {}; hint: where in the answer is the list?",
-                    self.settings.records.text(),
-                    response.excerpt()
-                )));
-            }
-            Ok([record]) => vec![record],
-            Err(records) => records,
-        };
-        let page_record = |record: Value| {
-            let cursor = match &self.settings.incremental {
-                Some(incremental) => incremental.of(&record, reached).map(|(cursor, _)| cursor),
-                None => Ok(Value::Null),
-            };
-            let (cursor, bad) = match cursor {
-                Ok(cursor) => (cursor, None),
-                Err(reason) => (Value::Null, Some(reason)),
-            };
-            PageRecord { record, push_seq, cursor, bad, letter: None }
-        };
-        let records: Vec<_> = found.into_iter().map(page_record).collect();
-        match records.first().and_then(|record| record.bad.as_deref()) {
-            Some(reason) if records.len() > 1 && records.iter().all(|record| record.bad.is_some()) => {
-                Err(Fault::stop(format!("no record of the page has a cursor: {reason}; hint: look at `incremental`")))
-            }
-            _ => Ok(records),
-        }
+        Ok(Run::new(since, high, &state.seen, listed))
     }
 
     /// The batch of a page, with the state that follows it.
@@ -317,80 +156,34 @@ impl HttpSource {
         let Some(mut run) = state.run.take() else {
             return Err(Fault::retry("a page without a run"));
         };
-        let records = match &fetched.response {
-            Some(response) => self.records(response, fetched.push_seq, &run.high)?,
-            None => Vec::new(),
+        let records = match &fetched.answered {
+            Answered::Page(response) => self.settings.records_of(response, fetched.push_seq, &run.high)?,
+            Answered::NoPage => Vec::new(),
+            Answered::Refused(reason) => return Err(self.begin_anew(&run, reason)),
         };
-        let what = format!("page {} of {}", run.pages + 1, fetched.request.line());
-        let before = run.high.clone();
-        let tie_before = run.tie.clone();
-        if let Some(incremental) = &self.settings.incremental {
-            for record in records.iter().filter(|record| record.bad.is_none()) {
-                let (cursor, tie) = incremental.of(&record.record, &before).map_err(Fault::stop)?;
-                let higher = order(&cursor, &run.high).then_with(|| order(&tie, &run.tie));
-                if higher.is_gt() {
-                    (run.high, run.tie) = (cursor, tie);
-                }
-            }
-        }
-        let hash = hash(&records);
-        if !records.is_empty() && run.page_hash == Some(hash) {
-            return Err(Fault::stop(format!(
-                "{what} is the same as the page before: the system takes no notice of how pages are asked for; \
-                 hint: look at `paginator` and the parameters it names"
-            )));
-        }
-        run.page_hash = Some(hash);
-        run.pages += 1;
-        run.records += records.len() as u64;
-        run.largest = run.largest.max(records.len());
-        let next = match &fetched.response {
-            None => Next::End,
-            Some(response) => {
-                run.remote_began = run.remote_began.or_else(|| date(response));
-                self.settings
-                    .paginator
-                    .next(&self.settings.system, &fetched.request, &run.next, response, records.len(), run.largest)
-                    .map_err(|reason| Fault::stop(format!("{what}: {reason}")))?
-            }
+        let then = run.take(&self.settings, &fetched, &records)?;
+        self.anew = false;
+        let reached = match self.settings.incremental.is_some() && !run.unsteady {
+            true => run.reached(&self.settings),
+            false => Value::Null,
         };
         let mut listed_since = None;
-        match next {
-            Next::Page(next) => {
-                if next == run.next || run.pages >= MAX_PAGES {
-                    return Err(Fault::stop(format!("{what} leads to itself: the listing would never end")));
+        match then {
+            Then::Goes => {
+                if self.settings.paginator.needs_cursor() {
+                    state.cursor = further(state.cursor, &reached);
                 }
-                run.next = next;
                 state.run = Some(run);
             }
-            Next::FromCursor => {
-                // What comes before the last value of a full page in the cursor's order has been seen.
-                if order(&run.high, &before).is_le() && order(&run.tie, &tie_before).is_le()
-                    || order(&run.high, &run.since).is_le()
-                {
-                    return Err(Fault::stop(format!(
-                        "{what} is full, and all its records share the cursor {}: the listing can't go on; \
-                         hint: raise the paginator's `limit`, or list by pages",
-                        run.high
-                    )));
-                }
-                run.since = run.high.clone();
-                state.cursor = run.high.clone();
-                run.page_hash = None;
-                state.run = Some(run);
-            }
-            Next::End => {
-                if self.settings.incremental.is_some() {
-                    let began = run.remote_began.unwrap_or(run.began);
-                    let reached = no_later(run.high, began);
-                    if order(&reached, &state.cursor).is_gt() {
-                        state.cursor = reached;
-                    }
-                }
+            Then::Ends => {
+                state.cursor = further(state.cursor, &reached);
+                state.seen = further(state.seen, &run.high);
                 state.last_run = Some(run.began);
                 listed_since = Some(run.listed);
+                self.refused = 0;
                 self.ended = Some(tokio::time::Instant::now());
                 self.runs += 1;
+                self.tell_unsteady(&run);
                 tracing::debug!(connector = %self.connector, pages = run.pages, records = run.records, "a run has ended");
                 metrics::counter!("tidegate_pull_runs_total", "connector" => self.connector.to_string()).increment(1);
             }
@@ -398,7 +191,9 @@ impl HttpSource {
         // A run that moved nothing need not be remembered, where the next one does not go by when it was.
         let idle = state.run.is_none()
             && matches!(self.settings.schedule, Schedule::Every(_))
-            && self.stored.as_ref().is_some_and(|stored| stored.run.is_none() && stored.cursor == state.cursor);
+            && self.stored.as_ref().is_some_and(|stored| {
+                stored.run.is_none() && stored.cursor == state.cursor && stored.seen == state.seen
+            });
         let stored = serde_json::to_value(&state).map_err(|error| Fault::stop(error.to_string()))?;
         let save = SaveCursor { state: stored, seen: self.generation, listed_since, idle };
         if !idle {
@@ -407,9 +202,28 @@ impl HttpSource {
         }
         self.state = Some(state);
         metrics::counter!("tidegate_pull_pages_total", "connector" => self.connector.to_string()).increment(1);
-        let bytes = records.iter().map(|record| size(&record.record)).sum();
-        let events = records.len();
-        Ok(Batch { body: Page { records, save: Some(save), bytes }, mark: (), events, bytes })
+        Ok(batch(Page::new(records, Some(save))))
+    }
+
+    /// A page in the middle that is refused: its address may have lapsed, as tokens do. The listing begins anew, with
+    /// the pause that a passing fault has.
+    fn begin_anew(&mut self, run: &Run, reason: &str) -> Fault {
+        self.refused += 1;
+        if run.pages == 0 || self.refused > BEGINNINGS {
+            return Fault::stop(reason);
+        }
+        self.anew = true;
+        Fault::retry(format!("{reason}; after {} pages the listing begins anew", run.pages))
+    }
+
+    fn tell_unsteady(&self, run: &Run) {
+        self.status.set_fact("unsteady", run.unsteady);
+        if run.unsteady {
+            let told = "the listing has no order that lasts from page to page: records may be passed over, and the \
+                cursor stays where it is; hint: ask the system to sort by a key that does not change";
+            tracing::warn!(connector = %self.connector, pages = run.pages, "{told}");
+            self.status.set_error(told.to_owned());
+        }
     }
 
     /// Records whose time to be tried again has come, and dead letters that are to be replayed.
@@ -468,14 +282,12 @@ impl HttpSource {
         if records.is_empty() {
             return Ok(None);
         }
-        let bytes = records.iter().map(|record| size(&record.record)).sum();
-        let events = records.len();
-        Ok(Some(Batch { body: Page { records, save: None, bytes }, mark: (), events, bytes }))
+        Ok(Some(batch(Page::new(records, None))))
     }
 
     /// When the next run is due, and whether that is now.
     fn is_due(&self, state: &PullState) -> bool {
-        if self.fresh && matches!(self.settings.schedule, Schedule::Every(_)) {
+        if self.anew || self.fresh && matches!(self.settings.schedule, Schedule::Every(_)) {
             return true;
         }
         if self.settings.schedule.due(state.last_run).is_some_and(|due| due <= Utc::now()) {
@@ -607,53 +419,7 @@ impl Drop for HttpSource {
     }
 }
 
-/// The page that the run has come to.
-async fn fetch(settings: Arc<PullSettings>, datastore: Datastore, run: &Run) -> Result<Fetched, Fault> {
-    let position = &run.next;
-    let push_seq = match position {
-        // Noted when the run began, which was before any request.
-        Position::Start if run.pages == 0 => run.listed.push_seq,
-        _ => push_seq_now(&datastore.client().await?).await?,
-    };
-    let page = serde_json::to_value(position).unwrap_or_default();
-    let scope = Scope { cursor: Some(&run.since), page: Some(&page), ..Scope::default() };
-    let request = settings.request.render(&Value::Null, &scope);
-    let mut request = request.map_err(|error| Fault::stop(format!("`request`: {error}")))?.purpose("pull");
-    settings.paginator.turn_to(&mut request, position);
-    match settings.system.send(&request).await {
-        Answer::Applied(response) => Ok(Fetched { request, response: Some(response), push_seq }),
-        Answer::Rejected { response, .. } if response.status == 404 && settings.paginator.ends_by_404(position) => {
-            Ok(Fetched { request, response: None, push_seq })
-        }
-        Answer::Rejected { reason, .. } => Err(Fault::stop(reason)),
-        Answer::Retry { after, reason, .. } => {
-            Err(Fault { kind: crate::pipeline::FaultKind::Retry { after }, message: reason })
-        }
-        Answer::Unavailable { after, reason, .. } => Err(Fault::unavailable(reason, after)),
-        // A listing by POST changes nothing: it is asked again.
-        Answer::Uncertain { reason } => Err(Fault::retry(reason)),
-    }
-}
-
-/// The header `Date`: the system's own clock.
-fn date(response: &HttpResponse) -> Option<DateTime<Utc>> {
-    DateTime::parse_from_rfc2822(response.header("date")?).map(|date| date.to_utc()).ok()
-}
-
-fn hash(records: &[PageRecord]) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    for record in records {
-        record.record.to_string().hash(&mut hasher);
-    }
-    hasher.finish()
-}
-
-/// About the bytes a value takes.
-fn size(value: &Value) -> usize {
-    match value {
-        Value::String(text) => text.len() + 24,
-        Value::Array(items) => 24 + items.iter().map(size).sum::<usize>(),
-        Value::Object(members) => members.iter().map(|(name, value)| name.len() + 48 + size(value)).sum(),
-        _ => 24,
-    }
+fn batch(page: Page) -> Batch<Page, ()> {
+    let (events, bytes) = (page.records.len(), page.bytes);
+    Batch { body: page, mark: (), events, bytes }
 }

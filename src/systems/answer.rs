@@ -119,7 +119,13 @@ pub struct HttpResponse {
 
 impl HttpResponse {
     pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers.iter().find(|(have, _)| have.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
+        self.headers_of(name).next()
+    }
+
+    /// Every value of a header, which may stand there several times.
+    pub fn headers_of(&self, name: &str) -> impl Iterator<Item = &str> {
+        let named = |(have, _): &&(String, String)| have.eq_ignore_ascii_case(name);
+        self.headers.iter().filter(named).map(|(_, value)| value.as_str())
     }
 
     pub fn to_json(&self) -> Value {

@@ -3,12 +3,17 @@
 //!
 //! No token and no secret ever reaches a log, an error or a dead letter: they are put into the request last.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
 use base64::Engine;
 use reqwest::header::{AUTHORIZATION, HeaderName, HeaderValue};
 use secrecy::ExposeSecret;
 use serde_json::Value;
+use tokio::time::Instant;
 
 use super::classes::statuses;
+use super::exchange::Lost;
 use super::{HttpRequest, HttpResponse, RequestTemplate};
 use crate::config::{ConfigError, Secret, Section, Spanned};
 use crate::mapping::{Compiler, Escape, Scope, Template};
@@ -36,8 +41,23 @@ pub struct Login {
     value: Template,
     /// Statuses that ask for a new login.
     again_on: Vec<(u16, u16)>,
-    token: tokio::sync::Mutex<Option<Token>>,
+    state: tokio::sync::Mutex<LoginState>,
+    /// Logins that came to nothing, since the start.
+    failures: AtomicU64,
 }
+
+#[derive(Default)]
+struct LoginState {
+    token: Option<Token>,
+    /// When a login was last sent.
+    asked: Option<Instant>,
+    /// Why the last login that came to nothing did.
+    failure: String,
+}
+
+/// Logins follow each other no faster, however many requests are told that their token is none: a system that
+/// refuses every token is not stormed, and no account is locked for it.
+const PACE: Duration = Duration::from_secs(1);
 
 /// A header's value, and how many logins led to it.
 #[derive(Clone)]
@@ -97,6 +117,14 @@ impl AuthSettings {
         Ok(auth)
     }
 
+    /// The name of the query parameter that the API key goes into, where it does.
+    pub fn parameter(&self) -> Option<&str> {
+        match self {
+            AuthSettings::Query { name, .. } => Some(name),
+            AuthSettings::None | AuthSettings::Header { .. } | AuthSettings::Login(_) => None,
+        }
+    }
+
     /// Texts that must never be shown. Of a login, the token at hand is one.
     pub fn secrets(&self) -> Vec<String> {
         let mut secrets = Vec::new();
@@ -111,9 +139,8 @@ impl AuthSettings {
             AuthSettings::Query { value, .. } => add(value.expose_secret()),
             AuthSettings::Login(login) => {
                 login.secret.iter().for_each(|secret| add(secret.expose_secret()));
-                let token = login.token.try_lock();
-                let token =
-                    token.iter().filter_map(|token| token.as_ref()).filter_map(|token| token.value.to_str().ok());
+                let state = login.state.try_lock();
+                let token = state.iter().filter_map(|state| state.token.as_ref()?.value.to_str().ok());
                 token.for_each(&mut add);
             }
         }
@@ -143,7 +170,9 @@ fn secret_value(value: &str) -> Option<HeaderValue> {
 
 impl Login {
     fn read(section: &mut Section, compiler: &Compiler) -> Result<Self, ConfigError> {
-        let request = RequestTemplate::from_section(&mut *section, compiler)?;
+        let mut request = RequestTemplate::from_line(&section.require("request")?, compiler)?;
+        request.take_params(section, compiler)?;
+        request.take_body(section, compiler)?;
         let secret: Option<Secret> = section.take("secret")?;
         let header: Spanned<String> = section.require("header")?;
         let Some((name, value)) = header.value.split_once(':') else {
@@ -162,7 +191,8 @@ impl Login {
             name: header_name(&name)?,
             value: compiler.template(&value, Escape::None)?,
             again_on,
-            token: tokio::sync::Mutex::new(None),
+            state: tokio::sync::Mutex::default(),
+            failures: AtomicU64::new(0),
         })
     }
 
@@ -190,32 +220,55 @@ impl Login {
     }
 
     /// The token at hand, or a new one where there is none or `stale` is the one at hand. `log_in` sends the login
-    /// request; whoever comes while it is under way waits for its outcome.
-    pub async fn credentials<E, F>(&self, stale: Option<u64>, log_in: F) -> Result<Credentials, LoginError<E>>
+    /// request; whoever comes while it is under way waits for its outcome, good or bad.
+    pub(super) async fn credentials<F>(&self, stale: Option<u64>, system: &str, log_in: F) -> Result<Credentials, Lost>
     where
-        F: AsyncFnOnce(HttpRequest) -> Result<HttpResponse, E>,
+        F: AsyncFnOnce(HttpRequest) -> Result<HttpResponse, Lost>,
     {
-        let mut token = self.token.lock().await;
-        let generation = token.as_ref().map_or(0, |token| token.generation);
-        if token.is_none() || stale == Some(generation) {
-            let request = self.request().map_err(LoginError::Settings)?;
-            let response = log_in(request).await.map_err(LoginError::Sending)?;
-            if !(200..300).contains(&response.status) {
-                return Err(LoginError::Refused(response.status));
+        let failures = self.failures.load(Ordering::Acquire);
+        let mut state = self.state.lock().await;
+        let generation = state.token.as_ref().map_or(0, |token| token.generation);
+        if state.token.is_none() || stale == Some(generation) {
+            if self.failures.load(Ordering::Acquire) != failures {
+                return Err(Lost::Credentials(state.failure.clone()));
             }
-            *token = Some(self.token(&response, generation + 1).map_err(LoginError::Settings)?);
+            if let Some(asked) = state.asked {
+                tokio::time::sleep_until(asked + PACE).await;
+            }
+            match self.log_in(&mut state, generation + 1, system, log_in).await {
+                Ok(token) => state.token = Some(token),
+                Err(lost) => {
+                    if !matches!(lost, Lost::NoTurn(_)) {
+                        state.failure = lost.reason();
+                        self.failures.fetch_add(1, Ordering::AcqRel);
+                    }
+                    return Err(lost);
+                }
+            }
         }
-        match &*token {
+        Ok(match &state.token {
             Some(Token { value, generation }) => {
-                Ok(Credentials::Header { name: self.name.clone(), value: value.clone(), generation: Some(*generation) })
+                Credentials::Header { name: self.name.clone(), value: value.clone(), generation: Some(*generation) }
             }
-            None => Ok(Credentials::None),
-        }
+            None => Credentials::None,
+        })
     }
-}
 
-pub enum LoginError<E> {
-    Sending(E),
-    Refused(u16),
-    Settings(String),
+    async fn log_in<F>(&self, state: &mut LoginState, generation: u64, system: &str, log_in: F) -> Result<Token, Lost>
+    where
+        F: AsyncFnOnce(HttpRequest) -> Result<HttpResponse, Lost>,
+    {
+        let settings = |reason| Lost::Credentials(format!("'{system}': {reason}"));
+        let request = self.request().map_err(settings)?;
+        state.asked = Some(Instant::now());
+        // A login changes nothing that counts: whatever became of it, the request was not sent.
+        let response = log_in(request).await.map_err(|lost| match lost {
+            Lost::NoTurn(wait) => Lost::NoTurn(wait),
+            lost => Lost::NotSent(format!("login: {}", lost.reason())),
+        })?;
+        if !(200..300).contains(&response.status) {
+            return Err(Lost::Credentials(format!("the login to '{system}' was answered with {}", response.status)));
+        }
+        self.token(&response, generation).map_err(settings)
+    }
 }

@@ -3,7 +3,7 @@
 use serde_json::Value;
 use tokio::time::Instant;
 
-use super::exchange::NO_ANSWER;
+use super::exchange::{Lost, NO_ANSWER};
 use super::system::{System, lock};
 use super::{Answer, HttpRequest, HttpResponse};
 use crate::mapping::Scope;
@@ -17,6 +17,8 @@ pub(super) struct Probed {
     pub(super) asked: Instant,
     pub(super) ok: bool,
     pub(super) status: Option<u16>,
+    /// False where the budget had no turn for it: nothing is known.
+    pub(super) sent: bool,
     pub(super) reason: String,
 }
 
@@ -78,6 +80,7 @@ impl System {
                     return;
                 }
                 tracing::debug!(system = system.name(), reason = probed.reason, "the probe failed");
+                system.breaker.probed(&probed.reason);
                 pause = (pause * 2).min(slowest);
             }
         }));
@@ -95,27 +98,44 @@ impl System {
                 asked,
                 ok: (200..300).contains(&response.status),
                 status: Some(response.status),
-                reason: format!("the probe answered {}: {}", response.status, response.excerpt()),
+                sent: true,
+                reason: {
+                    let answer = self.without_secrets(response.excerpt());
+                    // It answers: what is wrong may be what it is asked.
+                    let hint =
+                        if matches!(response.status, 400 | 404 | 405 | 410) { "; hint: is `probe` right?" } else { "" };
+                    format!("the probe answered {}: {answer}{hint}", response.status)
+                },
             },
-            Err(reason) => Probed { asked, ok: false, status: None, reason },
+            Err(Lost::NoTurn(wait)) => {
+                let reason = format!("the probe had no turn in the budget for {} s", wait.as_secs());
+                Probed { asked, ok: false, status: None, sent: false, reason }
+            }
+            Err(lost) => Probed {
+                asked,
+                ok: false,
+                status: None,
+                sent: true,
+                reason: format!("the probe failed: {}", lost.reason()),
+            },
         };
         *probed = Some(found.clone());
         found
     }
 
-    async fn ask_probe(&self) -> Result<HttpResponse, String> {
-        let Some(probe) = &self.settings.probe else { return Err("the system has no probe".to_owned()) };
+    async fn ask_probe(&self) -> Result<HttpResponse, Lost> {
+        let Some(probe) = &self.settings.probe else { return Err(Lost::Unfit("the system has no probe".to_owned())) };
         let mut request = probe
             .render(&Value::Null, &Scope::default())
-            .map_err(|error| format!("the probe's request: {error}"))?
+            .map_err(|error| Lost::Unfit(format!("its request: {error}")))?
             .purpose("probe");
-        request.timeout = Some(request.timeout.unwrap_or(self.settings.timeouts.probe));
+        let timeouts = &self.settings.timeouts;
+        request.timeout = Some(request.timeout.unwrap_or(timeouts.probe));
         // Bounded as a whole: login, turn and request.
-        let longest = self.settings.timeouts.probe * 2 + self.settings.timeouts.connect;
+        let longest = timeouts.turn + self.time_limit(&request) * 2 + timeouts.connect;
         match tokio::time::timeout(longest, self.exchange(&request, &|| Ok(()))).await {
-            Ok(Ok(response)) => Ok(response),
-            Ok(Err(lost)) => Err(format!("the probe failed: {}", lost.reason())),
-            Err(_) => Err(format!("the probe had no answer in {longest:?}")),
+            Ok(answered) => answered,
+            Err(_) => Err(Lost::AfterSending(format!("nothing within {longest:?}"))),
         }
     }
 }

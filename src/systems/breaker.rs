@@ -4,7 +4,7 @@
 //! The invariant: while open, no request but the probe leaves; half-open, one at a time.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -41,7 +41,15 @@ pub struct Breaker {
     state: watch::Sender<BreakerState>,
     failures: AtomicU32,
     on_trial: AtomicBool,
-    reason: Mutex<String>,
+    reason: Mutex<Reason>,
+}
+
+#[derive(Default)]
+struct Reason {
+    /// Why it opened.
+    opened: String,
+    /// What the probe found last.
+    probed: String,
 }
 
 /// Leave to send one request through the breaker.
@@ -64,7 +72,7 @@ impl Breaker {
             state: watch::Sender::new(BreakerState::Closed),
             failures: AtomicU32::new(0),
             on_trial: AtomicBool::new(false),
-            reason: Mutex::new(String::new()),
+            reason: Mutex::default(),
         }
     }
 
@@ -80,9 +88,19 @@ impl Breaker {
         self.settings.open
     }
 
-    /// Why it opened last.
+    /// Why it opened last, and what keeps it open.
     pub fn reason(&self) -> String {
-        self.reason.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        let Reason { opened, probed } = &*self.noted();
+        if probed.is_empty() || opened.contains(probed) { opened.clone() } else { format!("{opened}; {probed}") }
+    }
+
+    /// The probe has failed again.
+    pub fn probed(&self, reason: &str) {
+        reason.clone_into(&mut self.noted().probed);
+    }
+
+    fn noted(&self) -> MutexGuard<'_, Reason> {
+        self.reason.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A pass, or `None` where nothing may be sent now.
@@ -117,7 +135,7 @@ impl Breaker {
                 BreakerState::Closed => certain || failures >= self.settings.failures,
             };
             if open {
-                *self.reason.lock().unwrap_or_else(PoisonError::into_inner) = reason.to_owned();
+                *self.noted() = Reason { opened: reason.to_owned(), probed: String::new() };
                 *state = BreakerState::Open;
                 opened = true;
             }

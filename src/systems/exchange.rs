@@ -9,7 +9,8 @@ use reqwest::header::{HeaderMap, HeaderName, HeaderValue, LOCATION};
 use secrecy::ExposeSecret;
 use serde_json::Value;
 
-use super::auth::{AuthSettings, Credentials, LoginError};
+use super::auth::{AuthSettings, Credentials};
+use super::budget::Turn;
 use super::system::{System, lock};
 use super::{HttpRequest, HttpResponse, headers};
 use crate::mapping::Scope;
@@ -66,15 +67,7 @@ impl System {
             AuthSettings::Query { name, value } => Ok(Credentials::Query { name: name.clone(), value: value.clone() }),
             AuthSettings::Login(login) => {
                 let log_in = async |request: HttpRequest| self.one(&request, &Credentials::None, &|| Ok(())).await;
-                login.credentials(stale, log_in).await.map_err(|error| match error {
-                    // A login changes nothing that counts: whatever became of it, the request was not sent.
-                    LoginError::Sending(Lost::NoTurn(wait)) => Lost::NoTurn(wait),
-                    LoginError::Sending(lost) => Lost::NotSent(format!("login: {}", lost.reason())),
-                    LoginError::Refused(status) => {
-                        Lost::Credentials(format!("the login to '{}' was answered with {status}", self.name()))
-                    }
-                    LoginError::Settings(reason) => Lost::Credentials(format!("'{}': {reason}", self.name())),
-                })
+                login.credentials(stale, self.name(), log_in).await
             }
         }
     }
@@ -95,11 +88,10 @@ impl System {
             self.sent.fetch_add(1, Ordering::Relaxed);
         }
         *lock(&self.by_purpose).entry(request.purpose).or_default() += 1;
-        let response = match tokio::time::timeout(limit, self.hops(request, url, headers, credentials)).await {
+        let response = match tokio::time::timeout(limit, self.hops(request, url, headers, credentials, turn)).await {
             Ok(response) => response?,
             Err(_) => return Err(Lost::AfterSending(format!("nothing within {limit:?}"))),
         };
-        drop(turn);
         if let Some(pause) = headers::pause(&response) {
             self.budget.pause(pause);
         }
@@ -107,13 +99,14 @@ impl System {
     }
 
     /// The request, and where it is redirected to within the same origin. What changes something is sent again
-    /// only where the answer says to send the same again (307, 308).
+    /// only where the answer says to send the same again (307, 308). Every hop has a turn in the budget of its own.
     async fn hops(
         &self,
         request: &HttpRequest,
         mut url: Url,
         headers: HeaderMap,
         credentials: &Credentials,
+        mut turn: Turn<'_>,
     ) -> Result<HttpResponse, Lost> {
         for _ in 0..=REDIRECTS {
             let mut sending = self.client.request(request.method.clone(), url.clone()).headers(headers.clone());
@@ -128,7 +121,11 @@ impl System {
             let follow = matches!(status, 307 | 308) || request.is_safe() && matches!(status, 301..=303);
             let location = response.headers().get(LOCATION).and_then(|location| location.to_str().ok());
             match location.and_then(|location| url.join(location).ok()) {
-                Some(next) if follow && next.origin() == self.settings.base_url.origin() => url = next,
+                Some(next) if follow && next.origin() == self.settings.base_url.origin() => {
+                    url = next;
+                    drop((response, turn));
+                    turn = self.budget.turn(self.settings.timeouts.turn).await.map_err(Lost::NoTurn)?;
+                }
                 _ => return self.read(response).await,
             }
         }
@@ -160,9 +157,10 @@ impl System {
         } else {
             request.path.clone()
         };
-        let mut url = Url::parse(&text).map_err(|error| format!("'{text}' is no URL: {error}"))?;
+        let mut url = Url::parse(&text).map_err(|error| format!("its address is no URL: {error}"))?;
         if url.origin() != base.origin() {
-            return Err(format!("'{url}' is not at {}", base.origin().ascii_serialization()));
+            let (there, here) = (url.origin().ascii_serialization(), base.origin().ascii_serialization());
+            return Err(format!("its address is at {there}, and not at {here} as the system is"));
         }
         if !request.query.is_empty() {
             url.query_pairs_mut().extend_pairs(&request.query);
@@ -176,11 +174,18 @@ impl System {
             Some(tree) => tree.render(&Value::Null, &Scope::default()).map_err(|error| error.to_string())?,
             None => Vec::new(),
         };
-        for (name, value) in own.iter().chain(&request.headers) {
-            let header = HeaderName::try_from(name.as_str()).map_err(|_| format!("'{name}' is no header's name"))?;
-            let value = HeaderValue::try_from(value.as_str())
-                .map_err(|_| format!("the value of header '{name}' holds characters that no header may hold"))?;
-            headers.insert(header, value);
+        for given in [&own, &request.headers] {
+            // The request's own go before the system's; a list of values repeats its name.
+            let mut these = HeaderMap::new();
+            for (name, value) in given {
+                let header =
+                    HeaderName::try_from(name.as_str()).map_err(|_| format!("'{name}' is no header's name"))?;
+                let value = HeaderValue::try_from(value.as_str())
+                    .map_err(|_| format!("the value of header '{name}' holds characters that no header may hold"))?;
+                these.append(header, value);
+            }
+            these.keys().for_each(|name| drop(headers.remove(name)));
+            headers.extend(these);
         }
         if let Credentials::Header { name, value, .. } = credentials {
             headers.insert(name, value.clone());
@@ -231,6 +236,8 @@ pub(super) fn chain(error: &reqwest::Error) -> String {
 }
 
 fn parse(body: &[u8]) -> Value {
+    // Some systems put a byte order mark before their JSON.
+    let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
     if body.is_empty() {
         return Value::Null;
     }

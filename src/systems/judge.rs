@@ -18,7 +18,7 @@ impl System {
             let mut certain = false;
             let probe = if rule.asks_probe() {
                 let probed = self.probe(answered).await;
-                certain = !probed.ok;
+                certain = !probed.ok && probed.sent;
                 json!({ "ok": probed.ok, "status": probed.status, "reason": probed.reason })
             } else {
                 Value::Null
@@ -56,6 +56,11 @@ impl System {
                 let probed = self.probe(answered).await;
                 if probed.ok {
                     return (self.answer(Class::Retry, request, response), false);
+                }
+                if !probed.sent {
+                    // Neither the record's fault nor an outage, as far as is known.
+                    let reason = format!("{}, and {}", self.reason(request, &response), probed.reason);
+                    return (Answer::Retry { after, response: None, reason }, false);
                 }
                 let reason = format!("{}, and {}", self.reason(request, &response), probed.reason);
                 (Answer::Unavailable { after, reason, maybe_applied: true }, true)

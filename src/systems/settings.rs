@@ -69,7 +69,7 @@ impl SystemSettings {
             probe: section.or("timeouts.probe", Duration::from_secs(5))?,
             turn: section.or("timeouts.turn", Duration::from_secs(60))?,
         };
-        let probe = section.node("probe")?.map(|node| RequestTemplate::read(&node, &compiler)).transpose()?;
+        let probe = section.node("probe")?.map(|node| RequestTemplate::read_plain(&node, &compiler)).transpose()?;
         let defaults = BreakerSettings::default();
         let breaker = BreakerSettings {
             failures: section.or("breaker.failures", defaults.failures)?.max(1),

@@ -191,12 +191,32 @@ impl System {
     }
 
     /// The path, as [`HttpRequest::path`] takes it, of `next`: a URL that an answer to `request` gave, absolute or
-    /// relative to the request's own.
+    /// relative to the request's own. Parameters that are secrets (the key of `auth`, what references went into) are
+    /// left out of it, though the system says them back: they are put into each request anew.
     pub fn resolve(&self, request: &HttpRequest, next: &str) -> Result<String, String> {
         let base = self.url(request)?;
-        let url = base.join(next).map_err(|error| format!("'{next}' is no URL: {error}"))?;
-        if url.origin() != self.settings.base_url.origin() {
-            return Err(format!("'{url}' leads away from {}", self.settings.base_url.origin().ascii_serialization()));
+        let mut url = base.join(next).map_err(|error| format!("the URL of the next page is none: {error}"))?;
+        let (here, there) = (self.settings.base_url.origin(), url.origin());
+        if there != here {
+            let (here, there) = (here.ascii_serialization(), there.ascii_serialization());
+            return Err(format!(
+                "its next page is at {there}, which is not where the system is ({here}): credentials are sent nowhere else; \
+                 hint: `base_url` must be the address that the system gives for itself"
+            ));
+        }
+        let secret = |name: &str| {
+            self.settings.auth.parameter() == Some(name) || request.masked.params.iter().any(|masked| masked == name)
+        };
+        if url.query_pairs().any(|(name, _)| secret(&name)) {
+            let kept: Vec<_> = url
+                .query_pairs()
+                .filter(|(name, _)| !secret(name))
+                .map(|(n, v)| (n.into_owned(), v.into_owned()))
+                .collect();
+            url.set_query(None);
+            if !kept.is_empty() {
+                url.query_pairs_mut().extend_pairs(kept);
+            }
         }
         Ok(url.into())
     }

@@ -51,10 +51,7 @@ impl RequestTemplate {
         let line: Spanned<String> = section.require("request")?;
         let mut request = Self::from_line(&line, compiler)?;
         request.take_params(section, compiler)?;
-        request.body = match section.take::<Spanned<String>>("map")? {
-            Some(text) => Some(compiler.jq(&text)?),
-            None => section.take::<Spanned<String>>("body")?.map(|text| compiler.jq(&text)).transpose()?,
-        };
+        request.take_body(section, compiler)?;
         let mut program = |name: &str| -> Result<Option<Program>, ConfigError> {
             section.take::<Spanned<String>>(name)?.map(|text| compiler.jq(&text)).transpose()
         };
@@ -71,6 +68,31 @@ impl RequestTemplate {
         self.headers = section.node("headers")?.map(|node| compiler.tree(&node)).transpose()?;
         self.timeout = section.take("timeout")?;
         Ok(())
+    }
+
+    /// Takes only `map` or `body`.
+    pub fn take_body(&mut self, section: &mut Section, compiler: &Compiler) -> Result<(), ConfigError> {
+        let map: Option<Spanned<String>> = section.take("map")?;
+        let body: Option<Spanned<String>> = section.take("body")?;
+        if let (Some(_), Some(body)) = (&map, &body) {
+            return Err(ConfigError::new(&body.place, "`map` and `body` are one setting; keep one of them"));
+        }
+        self.body = map.or(body).map(|text| compiler.jq(&text)).transpose()?;
+        Ok(())
+    }
+
+    /// A request whose answer is only looked at for its status (a probe): `request`, `params`, `headers`, `map` or
+    /// `body`, and `timeout`.
+    pub fn read_plain(node: &Node, compiler: &Compiler) -> Result<Self, ConfigError> {
+        if !node.is_map() {
+            return Self::from_line(&node.text("request")?, compiler);
+        }
+        let mut section = Section::new(node.clone(), "request")?;
+        let mut request = Self::from_line(&section.require("request")?, compiler)?;
+        request.take_params(&mut section, compiler)?;
+        request.take_body(&mut section, compiler)?;
+        section.finish()?;
+        Ok(request)
     }
 
     /// `POST /path?query`: the method may be left out where it is GET.

@@ -97,6 +97,10 @@ impl Inside {
         let mut place: BTreeMap<String, usize> = BTreeMap::new();
         for record in &page.records {
             let (id, bad) = match self.settings.id.first(&record.record, &Scope::default()) {
+                Ok(Value::String(id)) if id.contains('\0') => (
+                    stand_in(&record.record),
+                    Some(self.no_id(record, "it holds a NUL, which no text of the datastore can")),
+                ),
                 Ok(id @ (Value::String(_) | Value::Number(_))) => (id, record.bad.clone()),
                 Ok(other) => (stand_in(&record.record), Some(self.no_id(record, &format!("it gives {other}")))),
                 Err(error) => (stand_in(&record.record), Some(self.no_id(record, &error.to_string()))),

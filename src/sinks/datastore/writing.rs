@@ -253,6 +253,7 @@ impl Inside {
                 Ok(Done::Unchanged)
             }
             Verdict::Hold { why, behind } => {
+                let why = why.replace('\0', "\u{fffd}");
                 tracing::debug!(connector = self.connector, id = %mapped.id, why, "held back");
                 let held = Hold {
                     system: &self.system,
@@ -459,6 +460,8 @@ impl Inside {
         why: String,
         request: Option<Value>,
     ) -> Result<Done, Stopped> {
+        // What an expression says of its failure is any text; the datastore's hold no NUL.
+        let why = why.replace('\0', "\u{fffd}");
         tracing::warn!(connector = self.connector, id = %mapped.id, reason = why, "a record is parked");
         let parked = NewParked {
             kind: ParkedKind::Rejected,

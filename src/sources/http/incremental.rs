@@ -23,11 +23,15 @@ pub struct Incremental {
 /// How far before the cursor a run begins: at least the system's longest transaction (CORRECTNESS 23).
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Lookback {
-    None,
+    /// Nothing is said: [`USUAL`] where the cursor is a time.
+    Usual,
     Time(Duration),
     /// For cursors that are numbers.
     Number(i64),
 }
+
+/// Records are saved some time after the time that they are given, and clocks differ.
+const USUAL: Duration = Duration::from_secs(60);
 
 impl Incremental {
     pub fn read(mut section: Section, compiler: &Compiler) -> Result<Self, ConfigError> {
@@ -35,7 +39,7 @@ impl Incremental {
         let tie_breaker: Option<Spanned<String>> = section.take("tie_breaker")?;
         let initial = section.node("initial")?.map(|node| node.to_json()).transpose()?;
         let lookback = match section.node("lookback")? {
-            None => Lookback::None,
+            None => Lookback::Usual,
             Some(node) => read_lookback(node)?,
         };
         section.finish()?;
@@ -73,7 +77,11 @@ impl Incremental {
     /// Where a run begins that is to see everything from `cursor` on.
     pub fn back(&self, cursor: &Value) -> Result<Value, String> {
         match (self.lookback, cursor) {
-            (Lookback::None, _) | (_, Value::Null) => Ok(cursor.clone()),
+            (_, Value::Null) => Ok(cursor.clone()),
+            (Lookback::Usual, Value::String(text)) if moment(cursor).is_some() => {
+                Ok(earlier(text, USUAL).map_or_else(|| cursor.clone(), Value::String))
+            }
+            (Lookback::Usual | Lookback::Number(0), _) => Ok(cursor.clone()),
             (Lookback::Time(time), Value::String(text)) => earlier(text, time).map(Value::String).ok_or_else(|| {
                 format!(
                     "`lookback` is a time, but the cursor '{text}' is none; hint: give ISO times, such as by `todate`"
@@ -124,6 +132,11 @@ fn earlier(text: &str, time: Duration) -> Option<String> {
     let format =
         if fraction { format!("%Y-%m-%d{separator}%H:%M:%S%.6f") } else { format!("%Y-%m-%d{separator}%H:%M:%S") };
     Some(naive.format(&format).to_string())
+}
+
+/// A time that says itself which moment it means.
+pub fn is_zoned(cursor: &Value) -> bool {
+    cursor.as_str().is_some_and(|text| DateTime::parse_from_rfc3339(text).is_ok())
 }
 
 /// The end of a run that read an unordered listing: what was changed while it was being read may have been missed on

@@ -1,7 +1,7 @@
 //! How a listing is read page by page, and how it is noticed that it gets nowhere.
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::config::{ConfigError, Section, Spanned};
 use crate::mapping::{Compiler, Program, Scope};
@@ -19,6 +19,8 @@ pub enum Paginator {
         offset_param: String,
         limit: usize,
         stop: Stop,
+        /// Records of a page that the next one gives again, so that it is seen to go on from there.
+        overlap: usize,
     },
     PageNumber {
         page_param: String,
@@ -41,8 +43,7 @@ pub enum Paginator {
 /// What ends an offset or page number listing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
-    /// An empty page, or one with fewer records than another page of the listing had: a system may give fewer than
-    /// `limit` on every page.
+    /// A page without a new record: a system may give fewer than `limit` on any page.
     Empty,
     /// The first page with fewer records than `limit`: a request less, for systems that keep to the limit.
     Short,
@@ -84,7 +85,9 @@ impl Paginator {
                 offset_param: section.or("offset_param", "offset".to_owned())?,
                 limit: at_least_one(&mut section)?.unwrap_or(100),
                 stop: section.or("stop", Stop::Empty)?,
-            },
+                overlap: section.or("overlap", 1)?,
+            }
+            .overlapping(&section)?,
             "page_number" => {
                 let limit = at_least_one(&mut section)?;
                 let limit_param: Option<String> = section.take("limit_param")?;
@@ -119,6 +122,38 @@ impl Paginator {
         Ok(paginator)
     }
 
+    fn overlapping(self, section: &Section) -> Result<Self, ConfigError> {
+        match self {
+            Paginator::Offset { overlap, limit, .. } if overlap > 0 && overlap >= limit.max(2) => {
+                Err(section.error("overlap", "`overlap` must be less than `limit`"))
+            }
+            paginator => Ok(paginator),
+        }
+    }
+
+    /// Records of a page that the next one gives again.
+    pub fn overlap(&self) -> usize {
+        match self {
+            Paginator::Offset { overlap, limit, .. } => (*overlap).min(limit.saturating_sub(1)),
+            _ => 0,
+        }
+    }
+
+    /// `$page`: what there is of `offset`, `page`, `token` and `url`; and `tie`, the tie breaker of the record whose
+    /// cursor `$cursor` is.
+    pub fn shown(&self, position: &Position, tie: &Value) -> Value {
+        let (name, value) = match (self, position) {
+            (_, Position::Offset(offset)) => ("offset", Value::from(*offset)),
+            (_, Position::Page(page)) => ("page", Value::from(*page)),
+            (_, Position::Token(token)) => ("token", token.clone()),
+            (_, Position::Url(url)) => ("url", Value::from(url.as_str())),
+            (Paginator::Offset { .. }, Position::Start) => ("offset", Value::from(0)),
+            (Paginator::PageNumber { first, .. }, Position::Start) => ("page", Value::from(*first)),
+            (_, Position::Start) => return Value::Object(Map::from_iter([("tie".to_owned(), tie.clone())])),
+        };
+        Value::Object(Map::from_iter([(name.to_owned(), value)]))
+    }
+
     /// Makes `request` that of the page at `position`.
     pub fn turn_to(&self, request: &mut HttpRequest, position: &Position) {
         match (self, position) {
@@ -139,16 +174,17 @@ impl Paginator {
                 set(request, param, token);
             }
             (Paginator::Link { .. }, Position::Url(url)) => {
-                // It has the parameters in it.
+                // It has the parameters in it, but for those that are secrets.
                 request.path.clone_from(url);
-                request.query.clear();
+                let masked = &request.masked.params;
+                request.query.retain(|(name, _)| masked.contains(name));
             }
             _ => {}
         }
     }
 
-    /// What comes after the page at `position`, which had `records`; `largest` is the most a page of this listing
-    /// has had, this one included. An error is a listing that gets nowhere.
+    /// What comes after the page at `position`, which had `records`, of which the page before had up to `overlapped`
+    /// too. An error is a listing that gets nowhere.
     pub fn next(
         &self,
         system: &System,
@@ -156,11 +192,10 @@ impl Paginator {
         position: &Position,
         response: &HttpResponse,
         records: usize,
-        largest: usize,
+        overlapped: usize,
     ) -> Result<Next, String> {
         let ends = |limit: Option<usize>, stop: Stop| {
-            let short = limit.is_some_and(|limit| records < limit);
-            records == 0 || records < largest || short && stop == Stop::Short
+            records <= overlapped || stop == Stop::Short && limit.is_some_and(|limit| records < limit)
         };
         Ok(match self {
             Paginator::Single { limit: Some(limit) } if records >= *limit => Next::FromCursor,
@@ -170,7 +205,8 @@ impl Paginator {
                 if ends(Some(*limit), *stop) {
                     Next::End
                 } else {
-                    Next::Page(Position::Offset(offset + records as u64))
+                    let again = self.overlap().min(records - 1);
+                    Next::Page(Position::Offset(offset + (records - again) as u64))
                 }
             }
             Paginator::PageNumber { first, limit, stop, .. } => {
@@ -193,7 +229,7 @@ impl Paginator {
                         Ok(other) => return Err(format!("`path` of the paginator must give a URL, but gives {other}")),
                         Err(error) => return Err(format!("`path` of the paginator: {error}")),
                     },
-                    None => response.header("link").and_then(next_of_link),
+                    None => response.headers_of("link").find_map(next_of_link),
                 };
                 match next.filter(|url| !url.is_empty()) {
                     Some(url) => Next::Page(Position::Url(system.resolve(request, &url)?)),
@@ -231,9 +267,8 @@ fn next_of_link(header: &str) -> Option<String> {
     while let Some(open) = rest.find('<') {
         let close = open + rest[open..].find('>')?;
         let target = &rest[open + 1..close];
-        let after = &rest[close + 1..];
-        let end = after.find(",<").or_else(|| after.find(", <")).unwrap_or(after.len());
-        let is_next = after[..end].split(';').any(|parameter| {
+        let (parameters, behind) = parameters_of_link(&rest[close + 1..]);
+        let is_next = parameters.iter().any(|parameter| {
             parameter.split_once('=').is_some_and(|(name, value)| {
                 name.trim().eq_ignore_ascii_case("rel")
                     && value.trim().trim_matches('"').split_whitespace().any(|rel| rel.eq_ignore_ascii_case("next"))
@@ -242,9 +277,31 @@ fn next_of_link(header: &str) -> Option<String> {
         if is_next {
             return Some(target.to_owned());
         }
-        rest = &after[end..];
+        rest = behind;
     }
     None
+}
+
+/// The parameters of a link up to the comma that ends it, and what is behind it. In quotes neither `;` nor `,` counts.
+fn parameters_of_link(text: &str) -> (Vec<&str>, &str) {
+    let (mut parameters, mut begin, mut quoted, mut escaped) = (Vec::new(), 0, false, false);
+    for (at, sign) in text.char_indices() {
+        match sign {
+            _ if escaped => escaped = false,
+            '\\' if quoted => escaped = true,
+            '"' => quoted = !quoted,
+            ';' | ',' if !quoted => {
+                parameters.push(&text[begin..at]);
+                begin = at + 1;
+                if sign == ',' {
+                    return (parameters, &text[begin..]);
+                }
+            }
+            _ => {}
+        }
+    }
+    parameters.push(&text[begin..]);
+    (parameters, "")
 }
 
 #[cfg(test)]
@@ -258,5 +315,8 @@ mod tests {
         assert_eq!(next_of_link("</a?page=2>;rel=next").as_deref(), Some("/a?page=2"));
         assert_eq!(next_of_link("</a?page=2>; rel=\"prev\""), None);
         assert_eq!(next_of_link("<broken"), None);
+        let several =
+            "</a?page=0>; rel=\"prev\",  </a?page=2>; title=\"a, b; rel=last\";rel=\"next\",</a?page=9>; rel=\"last\"";
+        assert_eq!(next_of_link(several).as_deref(), Some("/a?page=2"));
     }
 }

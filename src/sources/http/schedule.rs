@@ -68,18 +68,16 @@ impl Schedule {
             Schedule::Cron { cron, zone } => {
                 let stamp = jiff::Timestamp::from_second(last.timestamp()).ok()?;
                 let civil = naive(stamp.to_zoned(zone.clone()).datetime())?;
-                let mut from = civil;
-                // Where clocks are put back, a wall time comes twice, and its first may lie before `last`.
-                for _ in 0..4 {
-                    let next = cron.find_next_occurrence(&from, false).ok()?;
-                    let zoned = civil_of(next)?.to_zoned(zone.clone()).ok()?;
-                    let next_utc = DateTime::from_timestamp(zoned.timestamp().as_second(), 0)?;
-                    if next_utc > last {
-                        return Some(next_utc);
-                    }
-                    from = next;
-                }
-                None
+                let next = cron.find_next_occurrence(&civil, false).ok()?;
+                // Where clocks are put back, a wall time comes twice: the first of the two that is still to come
+                // counts. Where they are put forward, one that does not come is as much later.
+                let times = zone.to_ambiguous_zoned(civil_of(next)?);
+                let utc = |zoned: jiff::Zoned| DateTime::from_timestamp(zoned.timestamp().as_second(), 0);
+                let both = [utc(times.clone().compatible().ok()?)?, utc(times.later().ok()?)?];
+                let due = both.into_iter().find(|time| *time > last)?;
+                // What comes several times an hour goes on doing so in the hour that comes twice.
+                let apart = next - civil;
+                Some(if apart < chrono::TimeDelta::hours(1) && due - last > apart { last + apart } else { due })
             }
         }
     }
@@ -119,6 +117,25 @@ mod tests {
         assert_eq!(schedule.after(at("2026-03-28T02:00:00Z")), Some(at("2026-03-29T01:00:00Z")));
         assert_eq!(schedule.after(at("2026-10-24T01:00:00Z")), Some(at("2026-10-25T02:00:00Z")));
         assert_eq!(schedule.due(None), Some(DateTime::UNIX_EPOCH));
+    }
+
+    #[test]
+    fn a_frequent_run_goes_on_through_the_hour_that_comes_twice_and_the_one_that_does_not_come() {
+        let zone = TimeZone::get("Europe/Berlin").unwrap();
+        let schedule = Schedule::Cron { cron: Box::new(Cron::from_str("*/20 * * * *").unwrap()), zone: zone.clone() };
+        let mut times = vec![at("2026-10-24T23:50:00Z")];
+        for _ in 0..11 {
+            times.push(schedule.after(times[times.len() - 1]).unwrap());
+        }
+        let minutes: Vec<_> = times.windows(2).skip(1).map(|two| (two[1] - two[0]).num_minutes()).collect();
+        assert_eq!(minutes, [20; 10], "{times:?}");
+        // From within the second time of that hour, as after a run that took long.
+        assert_eq!(schedule.after(at("2026-10-25T01:10:00Z")), Some(at("2026-10-25T01:20:00Z")));
+        assert_eq!(schedule.after(at("2026-03-29T00:50:00Z")), Some(at("2026-03-29T01:00:00Z")));
+        // A night run in the hour that does not come, runs; in the one that comes twice, at least once.
+        let nightly = Schedule::Cron { cron: Box::new(Cron::from_str("30 2 * * *").unwrap()), zone };
+        assert_eq!(nightly.after(at("2026-03-28T01:30:00Z")), Some(at("2026-03-29T01:30:00Z")));
+        assert_eq!(nightly.after(at("2026-10-24T00:30:00Z")), Some(at("2026-10-25T00:30:00Z")));
     }
 
     #[test]
