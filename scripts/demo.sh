@@ -3,6 +3,7 @@
 #   LOG=kafka   on a Kafka broker instead of the embedded log
 #   KEEP=1      leave everything running at the end, and say how to stop it
 #   TIDEGATE_BIN=FILE   run this binary instead of building one
+#   DEMO_LOGS=FOLDER    put the servers' logs there at the end; of a demo that failed they are kept in any case
 # Exits 0 only if all ends equal.
 set -eu
 cd "$(dirname "$0")/.."

@@ -6,13 +6,18 @@
 
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from pathlib import Path
+
+import psycopg
 
 sys.path.insert(0, str(Path(__file__).parent))
 import compare  # noqa: E402
-from world import ROOT, Failed, World, say, wait_for  # noqa: E402
+from world import ROOT, Failed, Refused, World, equal, say, wait_for  # noqa: E402
 
 
 def step(number, title):
@@ -42,6 +47,12 @@ def settled(world):
     return report and all(not connector["lag_events"] for connector in report["connectors"])
 
 
+def arrived(world):
+    """For `wait_for`: every customer and placed order of the shop is in ERP and CRM as it is here."""
+    erp, crm = world.tryton("erp"), world.tryton("crm")
+    return equal(lambda: [*compare.customers(world, erp, crm), *compare.orders(world, erp)])
+
+
 def write_order(connection, number, customer, lines):
     """What the shop's application does when an order is placed, in the caller's transaction."""
     order = connection.execute(
@@ -65,10 +76,8 @@ def products_come_up(world):
     before = world.rows("SELECT id, sku, name, price FROM products WHERE sku = 'MUG-01'")[0]
     fact(f"the shop lists 24 products by hand, among them {before[1]} {before[2]!r} at {before[3]}")
 
-    def catalogue():
-        return all(not differences for _, _, differences in compare.catalogue(world, erp))
     erp = world.tryton("erp")
-    _, seconds = wait_for("the ERP's products and stock in the shop", 90, catalogue)
+    _, seconds = wait_for("the ERP's products and stock in the shop", 90, equal(lambda: compare.catalogue(world, erp)))
     count, stock = world.rows("SELECT count(*), (SELECT sum(on_hand) FROM inventory) FROM products")[0]
     after = world.rows("SELECT id, sku, name, price FROM products WHERE sku = 'MUG-01'")[0]
     check(before[0] == after[0], "the row that was listed was paired, not made anew")
@@ -79,12 +88,7 @@ def products_come_up(world):
 
 def first_delivery(world):
     fact("meanwhile the rows that were there go down:")
-    erp, crm = world.tryton("erp"), world.tryton("crm")
-
-    def arrived():
-        return (not any(differences for _, _, differences in compare.customers(world, erp, crm))
-                and not any(differences for _, _, differences in compare.orders(world, erp)))
-    _, seconds = wait_for("every customer and order in the ERP, customers in the CRM", 240, arrived)
+    _, seconds = wait_for("every customer and order in the ERP, customers in the CRM", 240, arrived(world))
     (customers,), (orders,) = world.rows(
         "SELECT count(*) FROM customers UNION ALL SELECT count(*) FROM orders WHERE placed_at IS NOT NULL")
     fact(f"{customers} customers in ERP and CRM, {orders} orders quoted as sales, after {seconds:.1f} s more "
@@ -178,19 +182,15 @@ def an_outage(world):
         return report and next((system for system in report["systems"]
                                 if system["name"] == "erp" and system["breaker"].lower() != "closed"), None)
     system, seconds = wait_for("the breaker of the ERP", 60, held)
-    report = world.status()
+    report, _ = wait_for("the worker's status", 20, world.status)
     waiting = sorted(connector["name"] for connector in report["connectors"] if connector["state"] == "WAITING")
     fact(f"the breaker is {system['breaker'].lower()} after {seconds:.1f} s; waiting: {', '.join(waiting) or 'none'}")
     time.sleep(max(0, 5 - (time.monotonic() - started)))
     world.start_tryton()
     up = time.monotonic()
     fact(f"the ERP is up again after {up - started:.1f} s")
-    erp, crm = world.tryton("erp"), world.tryton("crm")
-
-    def arrived():
-        return (not any(differences for _, _, differences in compare.customers(world, erp, crm))
-                and not any(differences for _, _, differences in compare.orders(world, erp)))
-    wait_for("everything written meanwhile in ERP and CRM", 120, arrived)
+    wait_for("everything written meanwhile in ERP and CRM", 120, arrived(world))
+    erp = world.tryton("erp")
     created = [path for method, path, status in world.requests("erp", ("POST",), since=posts) if status == 200]
     parties = sum(path.split("?")[0] == "party.party" for path in created)
     sales = sum(path.split("?")[0] == "sale.sale" for path in created)
@@ -216,7 +216,8 @@ def topics_and_a_dead_letter(world):
           "the topic folded by key is the table")
     fact("folded by key they are the table, row by row")
     wait_for("nothing in flight", 60, lambda: settled(world))
-    for connector in world.status()["connectors"]:
+    report, _ = wait_for("the worker's status", 20, world.status)
+    for connector in report["connectors"]:
         lag = [f"{connector[name]} {unit}" for name, unit in (("lag_events", "events"), ("lag_bytes", "bytes"))
                if connector[name] is not None]
         fact(f"  {connector['name']:<17}{connector['state']:<9}lag {', '.join(lag) or 'none':<20}{connector['applied']} applied")
@@ -273,10 +274,10 @@ def look_further(world, keep):
         say("   make demo KEEP=1      leaves everything running, and says how to reach it")
         say("   make demo LOG=kafka   does the same on a Kafka broker")
         return
-    say(f"   . {world.dir}/env    # then, in {ROOT}:")
+    say(f"   . {world.dir}/env    # then, anywhere:")
     for line in ("tidegate status --watch", "tidegate consume shop.public.orders --follow", "tidegate preview erp-customers",
                  "tidegate dead-letters list"):
-        say(f"   {os.path.relpath(world.binary(), ROOT) if line.startswith('tidegate') else ''}{line.removeprefix('tidegate')}")
+        say(f"   {line}")
     say(f"   psql -h 127.0.0.1 -p {world.ports['postgresql']} -U postgres shop")
     say(f"   http://{world.tryton_address()}/   Tryton, databases erp and crm, user admin, password admin")
     say(f"   curl http://127.0.0.1:{world.ports['tidegate']}/metrics")
@@ -320,15 +321,19 @@ def main(template):
         say(f"\nAll is equal, after {time.monotonic() - started:.0f} s.")
         look_further(world, keep)
         fine = True
-    except (Failed, AssertionError) as failed:
-        say(f"\nFAILED: {failed}")
-        for name in ("tidegate",):
-            say(f"\nThe end of {name}'s log ({world.dir}/{name}.log):\n{world.log_end(name)}")
+    except KeyboardInterrupt:
+        say("\nInterrupted.")
+    except Exception as failed:
+        known = isinstance(failed, (Failed, Refused, AssertionError, OSError, subprocess.SubprocessError, psycopg.Error))
+        say(f"\nFAILED: {failed if known else traceback.format_exc()}")
+        say(f"\nThe worker says:\n{world.status_text()}")
+        say(f"\nThe end of its log:\n{world.log_end('tidegate')}")
     finally:
         if not (fine and keep):
-            if os.environ.get("DEMO_LOGS"):
-                world.run(["cp", "-r", *world.dir.glob("*.log"), os.environ["DEMO_LOGS"]])
-            world.end()
+            logs = os.environ.get("DEMO_LOGS") or (None if fine else tempfile.mkdtemp(prefix="tidegate-demo-logs-"))
+            world.end(logs)
+            if logs:
+                say(f"\nThe logs of all servers are in {logs}")
     return 0 if fine else 1
 
 

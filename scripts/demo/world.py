@@ -1,5 +1,6 @@
 """The servers of the demo: PostgreSQL with the shop and Tryton's databases, Tryton, perhaps Kafka, and Tidegate."""
 
+import http.client
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import psycopg
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts/tryton"))
+from client import Failed as Refused  # noqa: E402
 from client import Tryton, wait_until_up  # noqa: E402
 
 
@@ -34,15 +36,37 @@ def free_port():
 
 
 def wait_for(what, deadline, look):
-    """Looks until `look` gives something true; gives that and the seconds it took."""
-    start = time.monotonic()
+    """Looks until `look` gives something true; gives that and the seconds it took.
+
+    A long wait says every ten seconds what for, with the first of `look.missing` where it has one. A server that does
+    not answer is waited for like anything else."""
+    start = told = time.monotonic()
     while True:
-        found = look()
+        try:
+            found, trouble = look(), None
+        except (Refused, OSError, http.client.HTTPException, psycopg.OperationalError, subprocess.TimeoutExpired) as error:
+            found, trouble = None, f"{type(error).__name__}: {error}".splitlines()[0]
+        now = time.monotonic()
         if found:
-            return found, time.monotonic() - start
-        if time.monotonic() - start > deadline:
-            raise Failed(f"not within {deadline} s: {what}")
+            return found, now - start
+        missing = trouble or (look.missing and f"{len(look.missing)} differ, the first: {look.missing[0]}"
+                              if hasattr(look, "missing") else None)
+        since = f"{what}{f' ({missing})' if missing else ''}"
+        if now - start > deadline:
+            raise Failed(f"not within {deadline} s: {since}")
+        if now - told > 10:
+            told = now
+            say(f"   … {now - start:.0f} s so far, {deadline} at the most: {since}")
         time.sleep(0.2)
+
+
+def equal(compare):
+    """For `wait_for`: true when none of what `compare` gives differs; what does is in its `missing`."""
+    def look():
+        look.missing = [line for _, _, differences in compare() for line in differences]
+        return not look.missing
+    look.missing = []
+    return look
 
 
 class World:
@@ -71,7 +95,8 @@ class World:
 
     def connect(self, database="shop", role="postgres"):
         return psycopg.connect(host="127.0.0.1", port=self.ports["postgresql"], user=role, password=role,
-                               dbname=database, autocommit=True)
+                               dbname=database, autocommit=True, connect_timeout=10,
+                               options="-c statement_timeout=30s")
 
     def sql(self, database, *statements):
         with self.connect(database) as connection:
@@ -141,7 +166,9 @@ class World:
             "CRM_URL": f"{tryton}/crm/rest/model",
             "CRM_KEY": (self.template / "crm.key").read_text().strip(),
         }
-        (self.dir / "env").write_text("".join(f"export {name}='{value}'\n" for name, value in self.env.items()))
+        lines = [f"export {name}='{value}'\n" for name, value in self.env.items()]
+        lines.append(f"PATH='{Path(self.binary()).resolve().parent}':$PATH\n")
+        (self.dir / "env").write_text("".join(lines))
         self.run([self.binary(), "validate"], env=self.env)
         self.spawn("tidegate", [self.binary(), "run"], env=self.env, cwd=ROOT)
 
@@ -170,6 +197,17 @@ class World:
                 raise Failed("tidegate ended; its log ends:\n" + self.log_end("tidegate"))
             return None
 
+    def status_text(self):
+        """What `tidegate status` prints for people, or why it can't."""
+        if "tidegate" not in self.processes:
+            return "(it was not started)"
+        try:
+            done = subprocess.run([self.binary(), "status"], env={**os.environ, **self.env}, cwd=ROOT, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30)
+            return done.stdout
+        except subprocess.TimeoutExpired as error:
+            return str(error)
+
     # -- processes
 
     def spawn(self, name, command, env=None, cwd=None):
@@ -191,20 +229,21 @@ class World:
 
     def run(self, command, env=None):
         done = subprocess.run([str(part) for part in command], env={**os.environ, **(env or {})}, cwd=ROOT,
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                              timeout=300)
         if done.returncode:
             raise Failed(f"{' '.join(map(str, command))}: exit code {done.returncode}\n{done.stdout}")
 
     def script(self, name, *args):
         # Not captured: a server that stays would hold the pipe open.
-        subprocess.run([str(ROOT / "scripts" / name), *map(str, args)], check=True, stdin=subprocess.DEVNULL)
+        subprocess.run([str(ROOT / "scripts" / name), *map(str, args)], check=True, stdin=subprocess.DEVNULL, timeout=300)
 
     def log_end(self, name, lines=25):
         path = self.dir / f"{name}.log"
         return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else ""
 
-    def end(self):
-        """Ends everything that was started, and removes the folder."""
+    def end(self, logs=None):
+        """Ends everything that was started, and removes the folder; the logs go to the folder `logs`, where given."""
         for name in ("tidegate", "tryton"):
             if name in self.processes:
                 try:
@@ -215,4 +254,10 @@ class World:
             self.script("kafka.sh", "stop", self.dir / "kafka")
         if "postgresql" in self.started:
             self.script("postgresql.sh", "stop", self.dir / "pg")
+        if logs:
+            Path(logs).mkdir(parents=True, exist_ok=True)
+            for log in [*self.dir.glob("*.log"), self.dir / "pg/log", self.dir / "kafka/log"]:
+                if log.exists():
+                    name = log.name if log.suffix else f"{'postgresql' if log.parent.name == 'pg' else 'kafka'}.log"
+                    shutil.copy(log, Path(logs) / name)
         shutil.rmtree(self.dir, ignore_errors=True)
