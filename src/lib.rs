@@ -1,9 +1,8 @@
 //! Tidegate keeps a PostgreSQL datastore and the systems around it in step.
 //!
 //! `ARCHITECTURE.md` has the map. Imports point one way, and a test holds them to it:
-//! `config`, `event` <- `postgres`, `avro`, `mapping` <- `log`, `registry` <- `datastore`, `systems`, `twoway`
-//! <- `pipeline` <- `sources`, `sinks` <- `worker` <- `rest`, `cli`. Of neighbours, `registry` knows `log`, `sinks`
-//! know `sources`, and `cli` knows `rest`.
+//! `config`, `event` <- `postgres`, `avro`, `mapping` <- `log` <- `registry` <- `datastore`, `systems`, `twoway`
+//! <- `pipeline` <- `sources` <- `sinks` <- `worker` <- `rest` <- `cli`.
 
 #![forbid(unsafe_code)]
 

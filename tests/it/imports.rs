@@ -4,22 +4,18 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// From the bottom up.
-const LAYERS: [&[&str]; 8] = [
+const LAYERS: [&[&str]; 11] = [
     &["config", "event"],
     &["postgres", "avro", "mapping"],
-    &["log", "registry"],
+    &["log"],
+    &["registry"], // decodes events from records of the log
     &["datastore", "systems", "twoway"],
     &["pipeline"],
-    &["sources", "sinks"],
+    &["sources"],
+    &["sinks"], // take the batches that their sources yield
     &["worker"],
-    &["rest", "cli"],
-];
-
-/// Neighbours in one layer that may know each other, in this direction only.
-const NEIGHBOURS: &[(&str, &str)] = &[
-    ("registry", "log"),  // an event is decoded from a record of the log
-    ("sinks", "sources"), // a sink takes the batches that its source yields
-    ("cli", "rest"),      // `run` serves HTTP, the other commands ask it
+    &["rest"],
+    &["cli"], // `run` serves HTTP, the other commands ask it
 ];
 
 const NAMELESS: [&str; 6] = ["utils", "util", "common", "helpers", "types", "misc"];
@@ -29,7 +25,7 @@ fn layer(module: &str) -> Option<usize> {
 }
 
 fn may_use(module: &str, used: &str) -> bool {
-    module == used || NEIGHBOURS.contains(&(module, used)) || layer(used) < layer(module)
+    module == used || layer(used) < layer(module)
 }
 
 fn sources() -> Vec<PathBuf> {
