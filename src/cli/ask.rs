@@ -10,8 +10,10 @@ use super::{CliError, FAILED, UNREACHABLE};
 use crate::worker::RestSettings;
 
 const CONNECT: Duration = Duration::from_secs(5);
+/// What is only looked up is there at once.
+const LOOK: Duration = Duration::from_secs(15);
 /// A reset drains the connector first.
-const ANSWER: Duration = Duration::from_secs(160);
+const COMMAND: Duration = Duration::from_secs(160);
 
 pub struct Ask {
     client: reqwest::Client,
@@ -23,7 +25,7 @@ impl Ask {
     pub fn new(settings: &RestSettings) -> Result<Self, CliError> {
         let client = reqwest::Client::builder()
             .connect_timeout(CONNECT)
-            .timeout(ANSWER)
+            .timeout(COMMAND)
             .no_proxy()
             .build()
             .map_err(|error| CliError::new(FAILED, error.to_string()))?;
@@ -35,7 +37,7 @@ impl Ask {
     }
 
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, CliError> {
-        self.send(self.client.get(format!("{}{path}", self.base))).await
+        self.send(self.client.get(format!("{}{path}", self.base)).timeout(LOOK)).await
     }
 
     pub async fn post<T: DeserializeOwned>(&self, path: &str, body: Option<&Value>) -> Result<T, CliError> {

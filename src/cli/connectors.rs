@@ -8,11 +8,11 @@ use serde_json::{Value, json};
 use super::ask::Ask;
 use super::output::{self, Table};
 use super::start::start_at;
-use super::{CliError, Global, USAGE};
+use super::{CliError, FAILED, Global, USAGE};
 use crate::log::StartAt;
 use crate::pipeline::ResetTo;
 use crate::rest::reset_body;
-use crate::worker::ConnectorReport;
+use crate::worker::{ConnectorReport, is_name};
 
 /// List, pause, resume, restart or reset connectors
 #[derive(Args)]
@@ -80,6 +80,10 @@ impl Connectors {
                 (connector, "reset", Some(reset_body(&to)))
             }
         };
+        if !is_name(&connector) {
+            return Err(CliError::new(FAILED, format!("there is no connector '{connector}'"))
+                .hint("'tidegate connectors list' shows what there is"));
+        }
         let answer: Value = ask.post(&format!("/connectors/{connector}/{command}"), body.as_ref()).await?;
         if global.json() {
             output::print_json(&answer)?;

@@ -56,6 +56,9 @@ impl Consume {
         let mut left = self.max.unwrap_or(u64::MAX);
         while left > 0 && !reader.at_end() {
             let records = reader.poll(&limit).await?;
+            if records.is_empty() && output::reader_is_gone() {
+                break;
+            }
             let mut text = String::new();
             for record in records.iter().take(usize::try_from(left).unwrap_or(usize::MAX)) {
                 left -= 1;

@@ -9,7 +9,7 @@ use super::output::{self, Table};
 use super::{CliError, FAILED, Global};
 use crate::datastore::Datastore;
 use crate::worker::dead_letters::{self, DeadLetterId, Verdict};
-use crate::worker::{Access, Resources};
+use crate::worker::{self, Access, Resources, WorkerSettings, World, load};
 
 /// List, show, replay or drop records that a system rejected
 ///
@@ -34,7 +34,8 @@ enum Command {
     List {
         /// Only this connector's
         connector: Option<String>,
-        #[arg(long, default_value_t = 100, value_name = "N")]
+        /// How many, at the most
+        #[arg(long, default_value_t = 100, value_name = "N", value_parser = clap::value_parser!(i64).range(1..))]
         limit: i64,
     },
     /// One of them, with its record, request and answer
@@ -63,6 +64,9 @@ impl DeadLetters {
             Command::List { connector, limit } => {
                 let datastore = Datastore::open(&settings.datastore)?;
                 let letters = dead_letters::list(&datastore, connector.as_deref(), limit).await?;
+                if let Some(connector) = connector.filter(|_| letters.is_empty()) {
+                    must_have_a_file(&settings, &connector)?;
+                }
                 if global.json() {
                     let letters: Vec<Value> = letters
                         .iter()
@@ -100,6 +104,20 @@ impl DeadLetters {
         }
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// That nothing is parked under a name says little where there is no such connector.
+fn must_have_a_file(settings: &WorkerSettings, connector: &str) -> Result<(), CliError> {
+    let world = World { systems: &settings.systems, state: &settings.state };
+    let files = worker::read_folder(&settings.connectors)?;
+    let loaded: Vec<_> = files.iter().map(|(path, text)| load(path, text, &world)).collect();
+    // One that can't be read may be the one that is meant.
+    if loaded.iter().any(|loaded| loaded.as_ref().is_ok_and(|loaded| loaded.name == connector) || loaded.is_err()) {
+        return Ok(());
+    }
+    let names: Vec<&str> = loaded.iter().flatten().map(|loaded| loaded.name.as_str()).collect();
+    Err(CliError::new(FAILED, format!("there is no connector '{connector}', and nothing is parked under this name"))
+        .hint(format!("there are: {}", names.join(", "))))
 }
 
 async fn judge(

@@ -22,6 +22,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::config::ConfigError;
+use crate::datastore::DatastoreErrorKind;
 use crate::worker::{OpenError, WorkerSettings};
 
 const CONFIG: [&str; 2] = ["config/tidegate.yaml", "/etc/tidegate/tidegate.yaml"];
@@ -61,7 +62,7 @@ pub struct Global {
     /// Log lines for people or as JSON
     #[arg(long, global = true, value_enum, env = "TIDEGATE_LOG_FORMAT")]
     pub log_format: Option<LogFormat>,
-    /// error, warn, info, debug, trace, or as RUST_LOG has it: `info,tidegate::sources=debug`
+    /// error, warn, info, debug, trace, or `info,tidegate::sources=debug` [default: RUST_LOG, else the settings']
     #[arg(long, global = true, value_name = "LEVEL")]
     pub log_level: Option<String>,
 }
@@ -141,7 +142,8 @@ impl From<crate::log::LogError> for CliError {
 
 impl From<crate::datastore::DatastoreError> for CliError {
     fn from(error: crate::datastore::DatastoreError) -> Self {
-        CliError::new(UNREACHABLE, error.to_string())
+        let code = if error.kind == DatastoreErrorKind::Unavailable { UNREACHABLE } else { FAILED };
+        CliError::new(code, error.to_string())
     }
 }
 
@@ -205,6 +207,6 @@ impl Cli {
 
 /// Runs a short command: one thread, log lines only of what is wrong.
 fn wait_for(global: &Global, command: impl Future<Output = Result<ExitCode, CliError>>) -> Result<ExitCode, CliError> {
-    output::start_logging(global.log_format, global.log_level.as_deref().unwrap_or("warn"))?;
+    output::start_logging(global.log_format, global.log_level.as_deref(), "warn")?;
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(command)
 }

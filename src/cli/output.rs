@@ -2,17 +2,23 @@
 
 use std::io::{self, IsTerminal, Write};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Serialize;
 use tracing_subscriber::EnvFilter;
 
 use super::{CliError, FAILED, LogFormat, USAGE};
+use crate::worker::is_log_level;
 
-/// Log lines go to standard error. RUST_LOG goes before `level`.
-pub fn start_logging(format: Option<LogFormat>, level: &str) -> Result<(), CliError> {
-    let filter = match std::env::var("RUST_LOG") {
-        Ok(text) if !text.is_empty() => EnvFilter::try_new(&text).map_err(|error| wrong_level(&text, error))?,
-        _ => EnvFilter::try_new(format!("{level},rustls=warn,tokio_postgres=warn,hyper=warn,librdkafka=warn"))
-            .map_err(|error| wrong_level(level, error))?,
+/// Log lines go to standard error: what `--log-level` (`asked`) says, else RUST_LOG, else `level`.
+pub fn start_logging(format: Option<LogFormat>, asked: Option<&str>, level: &str) -> Result<(), CliError> {
+    let quiet = |level: &str| {
+        EnvFilter::try_new(format!("{level},rustls=warn,tokio_postgres=warn,hyper=warn,librdkafka=warn"))
+            .map_err(|error| wrong_level(level, error))
+    };
+    let filter = match (asked, std::env::var("RUST_LOG")) {
+        (None, Ok(text)) if !text.is_empty() => EnvFilter::try_new(&text).map_err(|error| wrong_level(&text, error))?,
+        (Some(asked), _) if !is_log_level(asked) => return Err(wrong_level(asked, "no level")),
+        (asked, _) => quiet(asked.unwrap_or(level))?,
     };
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
     let started = match format {
@@ -27,16 +33,20 @@ fn wrong_level(level: &str, error: impl std::fmt::Display) -> CliError {
         .hint("error, warn, info, debug or trace; a part's own after commas: info,tidegate::sources=debug")
 }
 
+/// To standard error. Nobody may be left to read it; the exit code tells all the same.
 pub fn error(error: &CliError, json: bool) {
-    if json {
-        let text = serde_json::json!({ "error": error.message, "hint": error.hint, "code": error.code });
-        eprintln!("{text}");
-        return;
-    }
-    eprintln!("error: {}", error.message);
-    if let Some(hint) = &error.hint {
-        eprintln!("hint: {hint}");
-    }
+    let text = if json {
+        serde_json::json!({ "error": error.message, "hint": error.hint, "code": error.code }).to_string()
+    } else {
+        let hint = error.hint.as_ref().map_or(String::new(), |hint| format!("\nhint: {hint}"));
+        format!("error: {}{hint}", error.message)
+    };
+    let _ = writeln!(io::stderr().lock(), "{text}");
+}
+
+/// A line to standard error that is no failure of the command.
+pub fn remark(text: &str) {
+    let _ = writeln!(io::stderr().lock(), "{text}");
 }
 
 /// Prints to standard output; a reader that has gone (`| head`) ends the program quietly.
@@ -47,6 +57,15 @@ pub fn print(text: &str) -> Result<(), CliError> {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => std::process::exit(0),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Whether whoever read standard output has gone (`--follow | head -1`), which no write tells while there is nothing
+/// to print.
+pub fn reader_is_gone() -> bool {
+    let out = io::stdout();
+    let mut watched = [PollFd::new(&out, PollFlags::empty())];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut watched, Some(&now)).is_ok() && watched[0].revents().contains(PollFlags::ERR)
 }
 
 pub fn print_json(value: &impl Serialize) -> Result<(), CliError> {

@@ -74,6 +74,12 @@ impl Plan {
                 .collect();
             output::print_json(&json!({ "connectors": connectors, "dba_sql": sql }))?;
         } else if self.sql {
+            // What reads the script reads nothing else.
+            for (name, planned) in &plans {
+                if let Err(error) = planned {
+                    output::remark(&format!("{name}: {error}"));
+                }
+            }
             output::print(&script(&sql))?;
         } else {
             output::print(&text(&plans, &sql))?;

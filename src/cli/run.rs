@@ -36,8 +36,8 @@ impl Run {
             Some("json") => Some(LogFormat::Json),
             _ => None,
         });
-        let level = global.log_level.as_deref().or(settings.logging.level.as_deref()).unwrap_or("info");
-        output::start_logging(format, level)?;
+        let level = settings.logging.level.as_deref().unwrap_or("info");
+        output::start_logging(format, global.log_level.as_deref(), level)?;
         let metrics = Metrics::install().map_err(|error| CliError::new(FAILED, error.to_string()))?;
         let threads = std::thread::available_parallelism().map_or(2, usize::from).clamp(1, MOST_THREADS);
         let runtime = tokio::runtime::Builder::new_multi_thread()

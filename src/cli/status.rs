@@ -129,7 +129,7 @@ fn text(report: &StatusReport) -> String {
         ));
     }
     for loss in &report.losses {
-        text.push_str(&format!("\n{loss}; 'tidegate connectors reset' starts it anew\n"));
+        text.push_str(&format!("\n{loss}; 'tidegate connectors reset NAME --to beginning' reads what is left\n"));
     }
     let told =
         |what: &str| report.orphans.iter().any(|orphan| orphan.name == what) || report.dead_letters.contains_key(what);

@@ -218,7 +218,7 @@ pub struct PartitionLag {
 pub enum LogError {
     #[error(
         "{topic_partition}: offset {wanted} is out of range ({first} to {next}); retention has removed it. \
-             hint: 'tidegate connectors reset' starts the group anew"
+             hint: 'tidegate connectors reset NAME --to beginning' reads what is left"
     )]
     OutOfRange { topic_partition: TopicPartition, wanted: Offset, first: Offset, next: Offset },
     #[error("topic '{0}' does not exist")]

@@ -1,5 +1,7 @@
 //! `/connectors`: status as JSON, and the commands on them.
 
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
@@ -33,19 +35,24 @@ async fn one(State(shared): State<Shared>, Path(name): Path<String>) -> Response
 async fn command(
     State(shared): State<Shared>,
     Path((name, command)): Path<(String, String)>,
-    body: Option<Json<Value>>,
+    body: Result<Bytes, BytesRejection>,
 ) -> Response {
+    let body = match body {
+        Ok(body) => body,
+        Err(fault) => return error(fault.status(), fault.body_text()),
+    };
+    let body: Value = match serde_json::from_slice(if body.is_empty() { b"null" } else { &body }) {
+        Ok(body) => body,
+        Err(fault) => return error(StatusCode::BAD_REQUEST, format!("the body is not JSON: {fault}")),
+    };
     let worker = &shared.worker;
     let done = match command.as_str() {
         "pause" => worker.set_paused(&name, true).await.map(|()| format!("'{name}' is paused, also after a restart")),
         "resume" => worker.set_paused(&name, false).await.map(|()| format!("'{name}' goes on")),
         "restart" => worker.restart(&name).await.map(|()| format!("'{name}' restarts")),
         "migrate" => worker.migrate(&name).await,
-        "forget" => {
-            let keep_slot = body.as_ref().is_some_and(|Json(body)| body["keep_slot"] == true);
-            worker.forget(&name, keep_slot).await
-        }
-        "reset" => match body.as_ref().and_then(|Json(body)| reset_to(body)) {
+        "forget" => worker.forget(&name, body["keep_slot"] == true).await,
+        "reset" => match reset_to(&body) {
             Some(to) => worker.reset(&name, to).await,
             None => {
                 let wanted = "{\"to\": \"beginning\"}, \"end\", {\"offset\": 5}, {\"time_ms\": 1700000000000} or {\"cursor\": …}";

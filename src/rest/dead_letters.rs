@@ -1,5 +1,6 @@
 //! `/dead-letters`: records that were rejected, and what is to be done with them.
 
+use axum::extract::rejection::QueryRejection;
 use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
@@ -25,7 +26,11 @@ struct Wanted {
     limit: Option<i64>,
 }
 
-async fn list(State(shared): State<Shared>, Query(wanted): Query<Wanted>) -> Response {
+async fn list(State(shared): State<Shared>, wanted: Result<Query<Wanted>, QueryRejection>) -> Response {
+    let wanted = match wanted {
+        Ok(Query(wanted)) => wanted,
+        Err(wrong) => return error(StatusCode::BAD_REQUEST, wrong.body_text()),
+    };
     let limit = wanted.limit.unwrap_or(100).clamp(1, 10_000);
     match dead_letters::list(&shared.worker.resources().datastore, wanted.connector.as_deref(), limit).await {
         Ok(letters) => Json(letters).into_response(),

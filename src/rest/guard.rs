@@ -1,6 +1,10 @@
-//! Who may ask: the token, and no page of another origin.
+//! Who may ask: who has the token, and no page of another origin. Without a token, only who calls this machine by an
+//! address or as localhost: a page whose name was made to lead here (DNS rebinding) calls it by its own.
+
+use std::net::IpAddr;
 
 use axum::extract::{Request, State};
+use axum::http::uri::Authority;
 use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::Response;
@@ -15,11 +19,24 @@ use crate::worker::RestSettings;
 #[derive(Clone)]
 pub struct Guard {
     token: Option<Secret>,
+    /// Nobody but this machine can connect.
+    local: bool,
 }
 
 impl Guard {
     pub fn new(settings: &RestSettings) -> Self {
-        Guard { token: settings.token.clone() }
+        Guard { token: settings.token.clone(), local: settings.listen.ip().is_loopback() }
+    }
+
+    /// Called by a name that may lead anywhere tomorrow.
+    fn is_called_by_another_name(&self, headers: &HeaderMap) -> bool {
+        let Some(host) = headers.get(header::HOST) else { return false };
+        let own = host.to_str().ok().and_then(|host| host.parse::<Authority>().ok()).is_some_and(|authority| {
+            let host = authority.host();
+            let address = host.trim_start_matches('[').trim_end_matches(']');
+            address.parse::<IpAddr>().is_ok() || host == "localhost" || host.ends_with(".localhost")
+        });
+        self.local && self.token.is_none() && !own
     }
 
     fn admits(&self, headers: &HeaderMap) -> bool {
@@ -45,6 +62,12 @@ pub async fn check(State(guard): State<Guard>, request: Request, next: Next) -> 
     let headers = request.headers();
     if !guard.admits(headers) {
         return error(StatusCode::UNAUTHORIZED, "the worker asks for its token (rest.token)");
+    }
+    if guard.is_called_by_another_name(headers) {
+        return error(
+            StatusCode::FORBIDDEN,
+            "without a token the worker answers to localhost and to addresses only. hint: call it 127.0.0.1, or set rest.token",
+        );
     }
     let reads = matches!(*request.method(), Method::GET | Method::HEAD);
     if !reads && foreign(headers) {
@@ -72,7 +95,7 @@ mod tests {
 
     #[test]
     fn only_who_has_the_token_is_admitted() {
-        let guard = Guard { token: Some(Secret::from("s3cret".to_owned())) };
+        let guard = Guard { token: Some(Secret::from("s3cret".to_owned())), local: true };
         let basic = format!("Basic {}", STANDARD.encode("anyone:s3cret"));
         for (given, admitted) in [
             ("Bearer s3cret", true),
@@ -85,7 +108,24 @@ mod tests {
             assert_eq!(guard.admits(&headers(&[(header::AUTHORIZATION, given)])), admitted, "{given}");
         }
         assert!(!guard.admits(&HeaderMap::new()));
-        assert!(Guard { token: None }.admits(&HeaderMap::new()));
+        assert!(Guard { token: None, local: true }.admits(&HeaderMap::new()));
+    }
+
+    #[test]
+    fn without_a_token_only_an_address_and_localhost_are_answered() {
+        let called = |guard: &Guard, host: &str| guard.is_called_by_another_name(&headers(&[(header::HOST, host)]));
+        let guard = Guard { token: None, local: true };
+        for own in ["127.0.0.1:8080", "[::1]:8080", "localhost", "localhost:8080", "worker.localhost:1", "127.0.0.1"] {
+            assert!(!called(&guard, own), "{own}");
+        }
+        for other in ["evil.example:8080", "evil.example", "127.0.0.1.evil.example:8080", "localhost.evil.example", ""]
+        {
+            assert!(called(&guard, other), "{other}");
+        }
+        assert!(!guard.is_called_by_another_name(&HeaderMap::new()));
+        // Who opened it to others, or asks for the token, may be called anything.
+        assert!(!called(&Guard { token: None, local: false }, "tidegate:8080"));
+        assert!(!called(&Guard { token: Some(Secret::from("s".to_owned())), local: true }, "tidegate:8080"));
     }
 
     #[test]

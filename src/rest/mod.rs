@@ -1,8 +1,10 @@
 //! The worker over HTTP: health, metrics, status and commands, the registry.
 //!
-//! Listens on 127.0.0.1 unless told otherwise. Every request has a deadline and a limit on its body; with a token
-//! set, everything but health asks for it; a page of another origin in a browser can't command the worker.
+//! Listens on 127.0.0.1 unless told otherwise. Every request has a deadline and a limit on its body, every connection
+//! an end; with a token set, everything but health asks for it; a page of another origin in a browser can neither
+//! command the worker nor read from it.
 
+mod connections;
 mod connectors;
 mod dead_letters;
 mod guard;
@@ -23,14 +25,23 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use connections::Limits;
 pub use connectors::reset_body;
-pub use metrics::Metrics;
+pub use metrics::{METRICS, Metrics};
 
 use crate::worker::Worker;
 
 const BODY: usize = 1 << 20;
 const REQUEST: Duration = Duration::from_secs(150);
 const CLOSE: Duration = Duration::from_secs(1);
+const LIMITS: Limits = Limits {
+    connections: 256,
+    head: Duration::from_secs(30),
+    age: Duration::from_secs(600),
+    last: REQUEST.saturating_add(Duration::from_secs(30)),
+};
+/// How often the samples of histograms are folded into their buckets, whether anybody asks for them or not.
+const FOLD: Duration = Duration::from_secs(10);
 
 #[derive(Clone)]
 struct Shared {
@@ -52,12 +63,19 @@ impl Server {
         let listener = TcpListener::bind(settings.listen).await?;
         let address = listener.local_addr()?;
         let stop = CancellationToken::new();
-        let router = router(worker, metrics);
+        let router = router(worker, metrics.clone());
         let stopped = stop.clone();
         let task = tokio::spawn(async move {
-            let serving = axum::serve(listener, router).with_graceful_shutdown(stopped.cancelled_owned());
-            if let Err(error) = serving.await {
-                tracing::error!("the worker's HTTP ended: {error}");
+            let mut fold = tokio::time::interval(FOLD);
+            let folded = async {
+                loop {
+                    fold.tick().await;
+                    metrics.fold();
+                }
+            };
+            tokio::select! {
+                () = connections::serve(listener, router, LIMITS, stopped) => {}
+                () = folded => {}
             }
         });
         Ok(Server { address, stop, task })
@@ -102,6 +120,7 @@ fn router(worker: Worker, metrics: Metrics) -> Router {
         .with_state(shared)
         .merge(guarded)
         .fallback(nothing_here)
+        .method_not_allowed_fallback(not_so)
         .layer(DefaultBodyLimit::max(BODY))
         .layer(middleware::from_fn(deadline))
 }
@@ -134,6 +153,11 @@ async fn show_metrics(State(shared): State<Shared>) -> Response {
 async fn nothing_here(request: Request) -> Response {
     let places = "/health/live, /health/ready, /metrics, /status, /connectors, /dead-letters, /subjects, /schemas";
     error(StatusCode::NOT_FOUND, format!("nothing at {}; there is: {places}", request.uri().path()))
+}
+
+async fn not_so(request: Request) -> Response {
+    let (method, path) = (request.method(), request.uri().path());
+    error(StatusCode::METHOD_NOT_ALLOWED, format!("{path} is not to be asked by {method}"))
 }
 
 /// Errors all look alike: `{"error": "…"}`.

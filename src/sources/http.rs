@@ -116,7 +116,7 @@ impl HttpSource {
             Value::Null => PullState::default(),
             stored => serde_json::from_value(stored).map_err(|error| {
                 Fault::stop(format!(
-                    "the cursor of '{}' can't be read: {error}; hint: 'tidegate connectors reset {}' begins anew",
+                    "the cursor of '{}' can't be read: {error}; hint: 'tidegate connectors reset {} --to beginning' begins anew",
                     self.connector, self.connector
                 ))
             })?,

@@ -60,6 +60,9 @@ pub async fn list(
 /// The letter with its record decoded, as JSON.
 pub async fn show(resources: &Resources, connector: &str, id: &DeadLetterId) -> Result<Option<Value>, DatastoreError> {
     let client = resources.datastore.client().await?;
+    if !datastore::has_parked(&client).await? {
+        return Ok(None);
+    }
     let found = datastore::show_parked(&client, connector, &id.topic, id.partition, id.offset).await?;
     let Some(parked) = found else { return Ok(None) };
     let decoder = EventDecoder::new(resources.registry.clone());
@@ -87,7 +90,11 @@ pub async fn judge(
     verdict: Command,
 ) -> Result<u64, DatastoreError> {
     let one = id.map(|id| (id.topic.as_str(), id.partition, id.offset));
-    datastore::command_parked(&datastore.client().await?, connector, one, verdict).await
+    let client = datastore.client().await?;
+    if !datastore::has_parked(&client).await? {
+        return Ok(0);
+    }
+    datastore::command_parked(&client, connector, one, verdict).await
 }
 
 #[cfg(test)]

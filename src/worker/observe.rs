@@ -1,7 +1,7 @@
 //! Looks at the connectors every second, so that rates, times and lags are known when somebody asks, and puts
 //! them into the metrics. What needs the log or the datastore is asked for beside the look ([`Question`]).
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -12,6 +12,7 @@ use super::questions::Question;
 use super::report::{LossReport, SystemReport, Trouble, state_name};
 use super::resources::Resources;
 use super::settings::WorkerSettings;
+use crate::event::TopicPartition;
 use crate::log::{LogError, PartitionLag};
 use crate::pipeline::progress::{progress, seconds};
 use crate::pipeline::{ConnectorState, Fault, Status};
@@ -81,6 +82,8 @@ struct Inside {
     systems: Vec<SystemReport>,
     dead_letters: BTreeMap<String, u64>,
     losses: Vec<LossReport>,
+    /// Connector, group and partition whose lag the metrics show.
+    measured: BTreeSet<(String, String, TopicPartition)>,
     /// By connector, with the slot's name.
     slots: BTreeMap<String, (String, Slot)>,
     progress_told: Option<Instant>,
@@ -318,22 +321,21 @@ impl Observer {
         };
         self.lags.ask(ask, move |(all, losses): (Vec<GroupLag>, Vec<LossReport>)| {
             let mut behind_of: BTreeMap<String, u64> = BTreeMap::new();
+            let mut measured = BTreeSet::new();
             for (name, group, lags) in all {
                 let sum = behind_of.entry(name.clone()).or_default();
                 for lag in lags {
                     let behind = (lag.end.0 - lag.committed.map_or(0, |offset| offset.0)).max(0);
                     *sum += behind as u64;
-                    gauge!(
-                        "tidegate_consumer_lag_records",
-                        "connector" => name.clone(),
-                        "group" => group.clone(),
-                        "topic" => lag.topic_partition.topic.to_string(),
-                        "partition" => lag.topic_partition.partition.to_string()
-                    )
-                    .set(behind as f64);
+                    let place = (name.clone(), group.clone(), lag.topic_partition);
+                    consumer_lag(&place).set(behind as f64);
+                    measured.insert(place);
                 }
             }
             let mut inside = shared.lock().unwrap_or_else(PoisonError::into_inner);
+            // Of a connector that is gone, or a topic that it no longer reads.
+            inside.measured.difference(&measured).for_each(|gone| consumer_lag(gone).set(0.0));
+            inside.measured = measured;
             let lost = |of: &LossReport| gauge!("tidegate_log_lost_records", "group" => of.group.clone(), "topic" => of.topic.clone());
             inside.losses.iter().for_each(|gone| lost(gone).set(0.0));
             losses.iter().for_each(|loss| lost(loss).set(loss.records as f64));
@@ -396,6 +398,16 @@ impl Observer {
     fn lock(&self) -> MutexGuard<'_, Inside> {
         self.inside.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn consumer_lag((connector, group, place): &(String, String, TopicPartition)) -> metrics::Gauge {
+    gauge!(
+        "tidegate_consumer_lag_records",
+        "connector" => connector.clone(),
+        "group" => group.clone(),
+        "topic" => place.topic.to_string(),
+        "partition" => place.partition.to_string()
+    )
 }
 
 /// A connector that is gone is in no state and behind nothing.

@@ -233,7 +233,7 @@ fn health(report: &StatusReport) -> Health {
         warnings.push(Trouble { what: orphan.name.clone(), message });
     }
     for loss in &report.losses {
-        let message = format!("{loss}; hint: 'tidegate connectors reset' starts it anew");
+        let message = format!("{loss}; hint: 'tidegate connectors reset NAME --to beginning' reads what is left");
         warnings.push(Trouble { what: loss.group.clone(), message });
     }
     Health { ready: troubles.is_empty(), troubles, warnings }

@@ -32,15 +32,21 @@ pub fn load(path: &Path, text: &str, world: &World<'_>) -> Result<Loaded, Config
     let node = config::parse_text(text, path.display().to_string())?;
     let mut section = Section::new(node, "connector")?;
     let name: Spanned<String> = section.require("name")?;
-    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    if name.is_empty() || name.len() > 100 || !name.chars().all(good) {
-        return Err(ConfigError::new(&name.place, format!("`{}` can't be a connector's name", *name))
-            .hint("letters, digits, `-`, `_` and `.`, 100 at the most: it is part of topic and group names"));
+    if !is_name(&name) {
+        return Err(ConfigError::new(&name.place, format!("`{}` can't be a connector's name", *name)).hint(
+            "letters, digits, `-`, `_` and `.`, 100 at the most, not dots alone: it is part of topic and group names",
+        ));
     }
     let kind: Spanned<String> = section.require("type")?;
     let connector = kinds::read(&kind, &mut section, world)?;
     section.finish()?;
     Ok(Loaded { name: name.value, kind: kind.value, connector })
+}
+
+/// Whether a connector may have this name. It is part of topics, groups and paths.
+pub fn is_name(name: &str) -> bool {
+    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    (1..=100).contains(&name.len()) && name.chars().all(good) && !name.chars().all(|c| c == '.')
 }
 
 /// A running connector and where it came from.

@@ -106,7 +106,7 @@ impl WorkerSettings {
                 .take::<Spanned<String>>("logging.format")?
                 .map(|text| one_of(text, &["human", "json"]))
                 .transpose()?,
-            level: section.take("logging.level")?,
+            level: section.take::<Spanned<String>>("logging.level")?.map(log_level).transpose()?,
         };
         let drain = section.or("shutdown.deadline", Duration::from_secs(20))?;
         let systems = read_systems(&mut section)?;
@@ -155,6 +155,25 @@ fn one_of(text: Spanned<String>, names: &[&str]) -> Result<String, ConfigError> 
     }
     let error = ConfigError::new(&text.place, format!("`{}` is not known here", text.value));
     Err(error.hint(format!("it is one of: {}", names.join(", "))))
+}
+
+/// Whether log lines can be chosen by this: a level, then those of parts (`info,tidegate::sources=debug`). A word that
+/// is no level would be taken for a part's name, and the worker would be silent.
+pub fn is_log_level(text: &str) -> bool {
+    let is_level = |word: &str| {
+        ["off", "error", "warn", "info", "debug", "trace"].iter().any(|level| word.eq_ignore_ascii_case(level))
+    };
+    let mut directives = text.split(',').map(str::trim);
+    directives.next().is_some_and(is_level)
+        && directives.all(|part| part.split_once('=').is_some_and(|(name, level)| !name.is_empty() && is_level(level)))
+}
+
+fn log_level(text: Spanned<String>) -> Result<String, ConfigError> {
+    if is_log_level(&text) {
+        return Ok(text.value);
+    }
+    let error = ConfigError::new(&text.place, format!("`{}` is no log level", text.value));
+    Err(error.hint("error, warn, info, debug or trace; a part's own after commas: info,tidegate::sources=debug"))
 }
 
 fn read_datastore(mut section: Section) -> Result<DatastoreSettings, ConfigError> {
@@ -294,6 +313,16 @@ mod tests {
             ("../../a", "../b", "../../b"),
         ] {
             assert_eq!(beside(Path::new(folder), Path::new(path)), Path::new(whole), "{folder} {path}");
+        }
+    }
+
+    #[test]
+    fn a_word_that_is_no_level_is_not_taken_for_the_name_of_a_part() {
+        for good in ["info", "WARN", "off", "info,tidegate::sources=debug", "warn, rdkafka=error"] {
+            assert!(is_log_level(good), "{good}");
+        }
+        for wrong in ["", "inof", "tidegate=debug", "info,debug", "info,tidegate", "info,=debug", "info,a=loud"] {
+            assert!(!is_log_level(wrong), "{wrong}");
         }
     }
 }

@@ -120,3 +120,61 @@ async fn consume_follows_a_topic_from_a_second_process() {
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("tidegate topics"), "{output:?}");
 }
+
+#[tokio::test]
+async fn a_reader_that_goes_away_ends_it_without_a_word() {
+    let workshop = Workshop::new(NOWHERE, WorkerLog::Embedded, "");
+    let _worker = workshop.start().await;
+    let (binary, config) = (env!("CARGO_BIN_EXE_tidegate"), workshop.config());
+    let shell = async |line: &str| {
+        let line = line.replace("TIDEGATE", binary);
+        let run = tokio::process::Command::new("sh").args(["-c", &line]).env("TIDEGATE_CONFIG", &config).output();
+        tokio::time::timeout(SOON, run).await.expect("it ends").unwrap()
+    };
+    // An error into a pipe that nobody reads: its exit code is told, and no panic.
+    let output = shell("{ TIDEGATE connectors pause none; echo $? >&3; } 3>&1 2>&1 >/dev/null | true").await;
+    assert!(!text(&output.stdout).contains("101"), "{output:?}");
+    let output = shell("sleep 1 | (TIDEGATE connectors pause none; echo code $? >&3) 3>&1 2>/dev/full").await;
+    assert!(text(&output.stdout).contains("code 1\n"), "{output:?}");
+    let output = shell("(TIDEGATE status; echo code $?) 2>&1 | head -1").await;
+    assert!(text(&output.stdout).starts_with("CONNECTOR") && output.stderr.is_empty(), "{output:?}");
+    // Nothing is to be printed any more, so that no failing write would tell.
+    let output = shell("(TIDEGATE status --watch; echo code $? >&2) | head -1").await;
+    assert_eq!(text(&output.stderr), "code 0\n");
+}
+
+#[tokio::test]
+async fn a_follower_notices_that_nobody_reads_any_more() {
+    let database = Postgres::shared(Version::Distribution).await.database("unread").await;
+    database.execute("CREATE TABLE orders (id int PRIMARY KEY); INSERT INTO orders VALUES (1)").await;
+    let workshop = Workshop::new(&database.url(), WorkerLog::Embedded, "");
+    workshop.capture(&database.name, "public.orders");
+    let _worker = workshop.start().await;
+    let topic = format!("{}.public.orders", database.name);
+    eventually(SOON, "the snapshot", async || (workshop.consume(&topic).await.len() == 1).then_some(())).await;
+    let line = format!("({} consume {topic} --follow; echo code $? >&2) | head -1", env!("CARGO_BIN_EXE_tidegate"));
+    let run = tokio::process::Command::new("sh").args(["-c", &line]).env("TIDEGATE_CONFIG", workshop.config()).output();
+    let output = tokio::time::timeout(SOON, run).await.expect("it ends, though no further record comes").unwrap();
+    assert!(text(&output.stdout).contains("offset 0"), "{output:?}");
+    assert_eq!(text(&output.stderr), "code 0\n");
+}
+
+#[tokio::test]
+async fn what_is_no_level_is_refused_and_a_flag_goes_before_the_environment() {
+    let workshop = Workshop::new(NOWHERE, WorkerLog::Embedded, "");
+    let output = workshop.cli(["topics", "--log-level", "inof"]).await;
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    let config = workshop.config();
+    let lines = async |level: &[&str]| {
+        let mut command = tidegate(["topics"]);
+        command.args(level).arg("--config").arg(&config).env("RUST_LOG", "trace");
+        text(&command.output().await.unwrap().stderr).lines().count()
+    };
+    let (all, few) = (lines(&[]).await, lines(&["--log-level", "error"]).await);
+    assert!(few < 3 && all > few, "{all} {few}");
+    let settings = std::fs::read_to_string(&config).unwrap();
+    std::fs::write(&config, format!("{settings}logging.level: inof\n")).unwrap();
+    let output = workshop.cli(["validate"]).await;
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+    assert!(text(&output.stdout).contains("`inof` is no log level"), "{output:?}");
+}

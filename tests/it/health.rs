@@ -309,3 +309,54 @@ async fn dead_letters_and_slots_left_behind_are_warnings_that_leave_the_worker_r
     let table = office.workshop.ask(["status"]).await;
     assert!(table.contains("1 dead letter") && table.contains("of WAL"), "{table}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sink_that_is_gone_is_behind_nothing() {
+    let office = Office::open("behind", WorkerLog::Embedded, "").await;
+    office.crm.set(Mood::Fails);
+    office.deliver("");
+    let _worker = office.workshop.start().await;
+    let (sink, topic) = (&office.sink, &office.topic);
+    let lag = format!(
+        "tidegate_consumer_lag_records{{connector=\"{sink}\",group=\"tidegate-{sink}\",partition=\"0\",topic=\"{topic}\"}}"
+    );
+    until_measured(&office, &[(lag.clone(), 2.0)]).await;
+    office.workshop.remove("sink.yaml");
+    until_measured(&office, &[(lag, 0.0)]).await;
+}
+
+#[tokio::test]
+async fn what_is_asked_wrongly_is_answered_as_every_error_is() {
+    let office = Office::open("wrongly", WorkerLog::Embedded, "").await;
+    let _worker = office.workshop.start().await;
+    let capture = &office.capture;
+    let client = http();
+    let url = |path: &str| office.workshop.url(path);
+    let json = "application/json";
+    for (request, status) in [
+        (client.get(url("/nothing")), 404),
+        (client.get(url("/connectors/none")), 404),
+        (client.get(url(&format!("/connectors/{capture}/pause"))), 405),
+        (client.post(url("/connectors/none/pause")), 404),
+        (client.post(url(&format!("/connectors/{capture}/stop"))), 404),
+        (client.post(url(&format!("/connectors/{capture}/reset"))), 400),
+        (client.post(url(&format!("/connectors/{capture}/reset"))).body("{").header("content-type", json), 400),
+        (client.post(url(&format!("/connectors/{capture}/reset"))).body(vec![b' '; 2 << 20]), 413),
+        (client.post(url(&format!("/connectors/{capture}/pause"))).header("origin", "http://evil.example"), 403),
+        (client.post(url(&format!("/connectors/{capture}/pause"))).header("host", "evil.example"), 403),
+        (client.get(url("/status")).header("host", "evil.example"), 403),
+        (client.get(url("/dead-letters?limit=many")), 400),
+        (client.get(url("/dead-letters/none/t:0")), 400),
+        (client.get(url("/dead-letters/none/t:0:0")), 404),
+        (client.post(url("/dead-letters/none/all/replay")), 404),
+    ] {
+        // One connection each: after a body that is too long it is closed.
+        let response = request.header("connection", "close").send().await.unwrap();
+        assert_eq!(response.status(), status, "{response:?}");
+        let body: Value = response.json().await.unwrap();
+        assert!(body["error"].as_str().is_some_and(|error| error.len() > 8), "{status}: {body}");
+    }
+    office.workshop.until_state(capture, "RUNNING").await;
+    let (status, _) = office.workshop.get("/health/live").await;
+    assert_eq!(status, 200);
+}

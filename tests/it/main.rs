@@ -8,6 +8,7 @@ mod crash;
 mod creates;
 mod datastore;
 mod delivery;
+mod documents;
 mod echo;
 mod faults;
 mod first_run;

@@ -11,7 +11,7 @@ const FOREIGN: &[(&str, &[&str], &str)] = &[
     ("schema.name.adjustment.mode", &["avro"], "names that Avro forbids are always adjusted, as 'avro' does"),
     ("field.name.adjustment.mode", &["avro"], "names that Avro forbids are always adjusted, as 'avro' does"),
     ("include.unknown.datatypes", &["true"], "types that Debezium does not know are PostgreSQL's text"),
-    ("slot.drop.on.stop", &["false"], "a slot goes with 'tidegate connectors' when its file is removed"),
+    ("slot.drop.on.stop", &["false"], "when its file is removed, 'tidegate connectors forget NAME' drops the slot"),
     (
         "provide.transaction.metadata",
         &["false"],

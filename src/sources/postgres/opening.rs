@@ -228,8 +228,9 @@ impl Opening {
                 return Ok(Opened::Store(Box::new(fresh(stored.epoch + 1))));
             }
             return Err(Fault::stop(format!(
-                "{loss}. hint: 'snapshot.mode: when_needed' reads all tables anew; or compare by hand, then 'tidegate \
-                 connectors reset'"
+                "{loss}. hint: 'snapshot.mode: when_needed' reads all tables anew; or compare by hand, then \
+                 'tidegate connectors reset {} --to end'",
+                self.name
             )));
         }
         if self.settings.snapshot == SnapshotMode::Always && self.first {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use chrono::{DateTime, SecondsFormat, Utc};
 use serde_json::Value;
 
 use super::{Connector, Identity, World};
@@ -90,7 +91,11 @@ impl Connector for HttpSinkConnector {
             ResetTo::Beginning => (StartAt::Beginning, "the first record".to_owned()),
             ResetTo::End => (StartAt::End, "what comes from now on".to_owned()),
             ResetTo::Offset(offset) => (StartAt::Offset(crate::event::Offset(*offset)), format!("offset {offset}")),
-            ResetTo::TimeMs(time) => (StartAt::TimeMs(*time), format!("records appended since {time} ms")),
+            ResetTo::TimeMs(time) => {
+                let since = DateTime::<Utc>::from_timestamp_millis(*time).unwrap_or_default();
+                let since = since.to_rfc3339_opts(SecondsFormat::Millis, true);
+                (StartAt::TimeMs(*time), format!("records appended since {since}"))
+            }
             ResetTo::Cursor(_) => return Err(Fault::stop("a sink has offsets, not a cursor")),
         };
         let group = http::group_of(&context.name);
