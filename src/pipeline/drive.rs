@@ -386,11 +386,18 @@ impl<S: Source> Intake<S> {
     }
 
     /// Things move: back to the state that a rest interrupted. A source may have set a newer one itself, which stays.
-    /// A wait is over only here, with something landed or both sides well, so that it does not flicker.
+    /// A wait is over only here, with something landed or both sides well, so that it does not flicker; and a source
+    /// that has not begun to read is at work on nothing yet.
     fn show_work(&mut self) {
-        if matches!(self.status.state(), ConnectorState::Starting | ConnectorState::Paused | ConnectorState::Waiting) {
+        let now = self.status.state();
+        if !matches!(now, ConnectorState::Starting | ConnectorState::Paused | ConnectorState::Waiting) {
+            return;
+        }
+        if self.source.is_reading() {
             let shown = self.shown.take().filter(|shown| *shown != ConnectorState::Starting);
             self.status.set_state(shown.unwrap_or(ConnectorState::Running));
+        } else if now == ConnectorState::Paused {
+            self.status.set_state(ConnectorState::Starting);
         }
     }
 }

@@ -42,6 +42,11 @@ pub trait Source: Send {
     /// a fault of the source and its restart.
     async fn tick(&mut self, paused: bool) -> Result<(), Fault>;
 
+    /// Whether it has begun to read. Until then the connector is shown as starting, or as waiting behind a fault.
+    fn is_reading(&self) -> bool {
+        true
+    }
+
     /// Says goodbye; nothing is in flight any more. Also called after a fault that stops the connector.
     async fn close(&mut self) -> Result<(), Fault>;
 }
