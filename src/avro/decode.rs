@@ -353,15 +353,17 @@ impl Decoder {
             Node::Array(items) => match reader.block()? {
                 0 => false,
                 1 => self.try_is_unavailable(*items, reader, depth + 1)?,
-                count if count == self.unavailable.placeholder().len() as u64 => {
-                    for &expected in self.unavailable.placeholder() {
-                        if self.small_number(*items, reader)? != Some(f64::from(expected)) {
-                            return Ok(false);
-                        }
+                count => {
+                    let bytes = self.unavailable.placeholder();
+                    let bits = bytes.iter().flat_map(|byte| (0..8).rev().map(move |bit| byte >> bit & 1));
+                    if count == bytes.len() as u64 {
+                        self.are_small_numbers(*items, bytes.iter().copied(), reader, depth)?
+                    } else if count == bytes.len() as u64 * 8 {
+                        self.are_small_numbers(*items, bits, reader, depth)?
+                    } else {
+                        false
                     }
-                    true
                 }
-                _ => false,
             },
             Node::Record { fields, meaning } => match (meaning, &fields[..]) {
                 (Meaning::VariableScaleDecimal, [(_, scale), (_, value)]) => {
@@ -376,15 +378,46 @@ impl Decoder {
         })
     }
 
-    fn small_number(&self, node: usize, reader: &mut Reader<'_>) -> Result<Option<f64>, AvroError> {
+    fn are_small_numbers(
+        &self,
+        node: usize,
+        expected: impl Iterator<Item = u8>,
+        reader: &mut Reader<'_>,
+        depth: usize,
+    ) -> Result<bool, AvroError> {
+        for expected in expected {
+            if self.small_number(node, reader, depth + 1)? != Some(f64::from(expected)) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// The value that follows, or its first field, as a number.
+    fn small_number(&self, node: usize, reader: &mut Reader<'_>, depth: usize) -> Result<Option<f64>, AvroError> {
+        if depth > 8 {
+            return Ok(None);
+        }
         let node = match &self.nodes[node] {
             Node::Union(_) => self.branch(node, reader)?,
             _ => node,
         };
         Ok(match &self.nodes[node] {
+            Node::Boolean => Some(f64::from(reader.take(1)?[0])),
             Node::Int(_) | Node::Long(_) => Some(reader.long()? as f64),
             Node::Float => Some(f32::from_le_bytes(reader.take(4)?.try_into().unwrap_or_default()).into()),
             Node::Double => Some(f64::from_le_bytes(reader.take(8)?.try_into().unwrap_or_default())),
+            Node::Record { fields, .. } => {
+                let Some(((_, first), rest)) = fields.split_first() else { return Ok(None) };
+                let number = self.small_number(*first, reader, depth + 1)?;
+                let rest_of = Reader { body: reader.body, at: reader.at };
+                let mut run = Run { decoder: self, reader: rest_of, form: Form::Raw, budget: 100 };
+                for (_, field) in rest {
+                    run.value(*field, depth + 1)?;
+                }
+                reader.at = run.reader.at;
+                number
+            }
             _ => None,
         })
     }

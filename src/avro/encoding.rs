@@ -241,14 +241,7 @@ impl Encoding {
                     Ok(())
                 })?;
             }
-            Encoding::Interval(IntervalMode::Numeric) => put_long(out, time::interval(text)?.saturating_micros()),
-            Encoding::Interval(IntervalMode::String) => {
-                let interval = time::interval(text)?;
-                put_sized(out, |out| {
-                    interval.put_iso(out);
-                    Ok(())
-                })?;
-            }
+            Encoding::Interval(mode) => put_interval(*mode, text, out)?,
             Encoding::Hstore(HstoreMode::Json) => put_sized(out, |out| put_hstore_json(text, out))?,
             Encoding::Hstore(HstoreMode::Map) => put_hstore_map(text, out)?,
             Encoding::Point => {
@@ -568,6 +561,24 @@ fn put_zoned_timestamp(digits: u32, instant: Instant, out: &mut Vec<u8>) {
     }
 }
 
+fn put_interval(mode: IntervalMode, text: &[u8], out: &mut Vec<u8>) -> Result<(), TextError> {
+    match (mode, text) {
+        // From PostgreSQL 17 on; as what is too long to be counted.
+        (IntervalMode::Numeric, b"infinity") => put_long(out, i64::MAX),
+        (IntervalMode::Numeric, b"-infinity") => put_long(out, i64::MIN),
+        (IntervalMode::Numeric, _) => put_long(out, time::interval(text)?.saturating_micros()),
+        (IntervalMode::String, b"infinity" | b"-infinity") => put_bytes(out, text),
+        (IntervalMode::String, _) => {
+            let interval = time::interval(text)?;
+            put_sized(out, |out| {
+                interval.put_iso(out);
+                Ok(())
+            })?;
+        }
+    }
+    Ok(())
+}
+
 fn put_hstore_json(text: &[u8], out: &mut Vec<u8>) -> Result<(), TextError> {
     let put_string = |bytes: &[u8], out: &mut Vec<u8>| -> Result<(), TextError> {
         let text = std::str::from_utf8(bytes).map_err(|_| TextError::Malformed("the hstore is not valid UTF-8"))?;
@@ -706,44 +717,74 @@ fn put_array(
     Ok(())
 }
 
+/// Of numbers the placeholder's bytes, of booleans its bits, of points (and what begins with one) its bytes as x; of
+/// anything else the placeholder itself.
 fn put_unavailable_array(element: &Encoding, nullable_items: bool, placeholder: &str, out: &mut Vec<u8>) -> bool {
     let start = out.len();
-    let numeric = matches!(
-        element,
+    let bytes = placeholder.as_bytes();
+    let mut items = |count: usize, put: &mut dyn FnMut(usize, &mut Vec<u8>) -> bool| {
+        put_long(out, count as i64);
+        for at in 0..count {
+            if nullable_items {
+                put_long(out, 1);
+            }
+            if !put(at, out) {
+                out.truncate(start);
+                return false;
+            }
+        }
+        out.push(0);
+        true
+    };
+    let number = |put: fn(u8, &mut Vec<u8>)| {
+        move |at: usize, out: &mut Vec<u8>| {
+            put(bytes[at], out);
+            true
+        }
+    };
+    match element {
+        Encoding::Boolean | Encoding::Bit => items(bytes.len() * 8, &mut |at, out| {
+            out.push(bytes[at / 8] >> (7 - at % 8) & 1);
+            true
+        }),
+        Encoding::Float => items(bytes.len(), &mut number(|byte, out| put_float(out, byte.into()))),
+        Encoding::Double | Encoding::Money { mode: DecimalMode::Double, .. } => {
+            items(bytes.len(), &mut number(|byte, out| put_double(out, byte.into())))
+        }
         Encoding::Int16
-            | Encoding::Int32
-            | Encoding::Int64
-            | Encoding::Float
-            | Encoding::Double
-            | Encoding::Date(DateForm::Days | DateForm::ConnectDays)
-            | Encoding::Time(ClockForm::Millis | ClockForm::Micros | ClockForm::Nanos | ClockForm::ConnectMillis)
-            | Encoding::Timestamp(ClockForm::Millis | ClockForm::Micros | ClockForm::Nanos | ClockForm::ConnectMillis)
-            | Encoding::Interval(IntervalMode::Numeric)
-    );
-    let items = if numeric { placeholder.len() } else { 1 };
-    put_long(out, items as i64);
-    for byte in placeholder.bytes().take(items) {
-        if nullable_items {
-            put_long(out, 1);
+        | Encoding::Int32
+        | Encoding::Int64
+        | Encoding::Date(DateForm::Days | DateForm::ConnectDays)
+        | Encoding::Time(ClockForm::Millis | ClockForm::Micros | ClockForm::Nanos | ClockForm::ConnectMillis)
+        | Encoding::Timestamp(ClockForm::Millis | ClockForm::Micros | ClockForm::Nanos | ClockForm::ConnectMillis)
+        | Encoding::Interval(IntervalMode::Numeric) => {
+            items(bytes.len(), &mut number(|byte, out| put_long(out, byte.into())))
         }
-        match element {
-            Encoding::Float => put_float(out, byte.into()),
-            Encoding::Double => put_double(out, byte.into()),
-            _ if numeric => put_long(out, byte.into()),
-            Encoding::Date(_) | Encoding::Time(_) | Encoding::Timestamp(_) | Encoding::ZonedTime => {
-                put_bytes(out, placeholder.as_bytes());
-            }
-            Encoding::ZonedTimestamp { .. } => put_bytes(out, placeholder.as_bytes()),
-            _ => {
-                if !element.put_unavailable(placeholder, out) {
-                    out.truncate(start);
-                    return false;
-                }
-            }
-        }
+        Encoding::Point => items(bytes.len(), &mut number(|byte, out| put_point(byte.into(), 0.0, out))),
+        Encoding::Line => items(
+            bytes.len(),
+            &mut number(|byte, out| {
+                [byte.into(), 0.0, 0.0].into_iter().for_each(|part| put_double(out, part));
+            }),
+        ),
+        Encoding::Circle => items(
+            bytes.len(),
+            &mut number(|byte, out| {
+                put_point(byte.into(), 0.0, out);
+                put_double(out, 0.0);
+            }),
+        ),
+        Encoding::Date(_)
+        | Encoding::Time(_)
+        | Encoding::Timestamp(_)
+        | Encoding::ZonedTime
+        | Encoding::ZonedTimestamp { .. }
+        | Encoding::Money { .. } => items(1, &mut |_, out| {
+            put_bytes(out, bytes);
+            true
+        }),
+        _ => items(1, &mut |_, out| element.put_unavailable(placeholder, out)),
     }
-    out.push(0);
-    true
 }
 
 /// Days that a friendly form shows as infinite.

@@ -7,7 +7,7 @@ use super::error::{RefusedValue, shown};
 use super::schema::{columns, schemas};
 use super::wire::{put_bytes, write_wire_header};
 use super::{AvroError, Decoder, EncodingSettings, EventMeta};
-use crate::event::{Cell, Table};
+use crate::event::{Cell, ReplicaIdentity, Table};
 
 /// How a table's rows become keys and values. Compiled once per relation and pair of schema ids.
 ///
@@ -21,6 +21,8 @@ pub struct TablePlan {
     /// Indices into `columns`, in the key's order.
     key: Vec<usize>,
     key_decoder: Option<Decoder>,
+    /// Old rows are whole (replica identity full): a null in one is the row's own, not what was left out.
+    whole_before: bool,
     /// `source.schema` and `source.table`, encoded.
     names: Vec<u8>,
 }
@@ -97,6 +99,7 @@ impl TablePlan {
             columns,
             key,
             key_decoder,
+            whole_before: table.replica_identity == ReplicaIdentity::Full,
             names,
         })
     }
@@ -149,7 +152,7 @@ impl TablePlan {
                     for (at, cell) in row.iter().enumerate() {
                         match cell {
                             _ if self.columns[at].left_out => {}
-                            Cell::Null => out.extend_from_slice(&self.columns[at].absent),
+                            Cell::Null if !self.whole_before => out.extend_from_slice(&self.columns[at].absent),
                             cell => self.put_cell(at, *cell, out)?,
                         }
                     }

@@ -13,13 +13,25 @@ pub(super) fn encoding(column_type: &ColumnType, type_modifier: i32, settings: &
         }
         TypeKind::Enum { labels } => Encoding::Enum { allowed: labels.join(",") },
         TypeKind::Array { element } => {
-            let delimiter = if element.name == "box" { b';' } else { b',' };
+            let delimiter = delimiter(element);
             let nullable_items = !is_enum(element);
             let element = Box::new(encoding(element, type_modifier, settings));
             Encoding::Array { element, nullable_items, delimiter }
         }
         TypeKind::Range | TypeKind::Multirange | TypeKind::Composite => Encoding::Text(TextKind::Plain),
         TypeKind::Base => base_encoding(&column_type.name, type_modifier, settings),
+    }
+}
+
+/// What stands between the elements of an array (`typdelim`): a comma but for these, and domains over them.
+fn delimiter(element: &ColumnType) -> u8 {
+    match &element.kind {
+        TypeKind::Domain { base, .. } => delimiter(base),
+        _ => match element.name.as_str() {
+            "box" => b';',
+            "geometry" | "geography" => b':',
+            _ => b',',
+        },
     }
 }
 
