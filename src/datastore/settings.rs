@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use secrecy::{ExposeSecret, SecretString};
 use tokio_postgres::Config;
-use tokio_postgres::config::Host;
+use tokio_postgres::config::{ChannelBinding, Host};
 
 use super::{DatastoreError, tls};
 use crate::config::{ConfigError, Secret, Section, Spanned};
@@ -153,6 +153,16 @@ impl DatastoreSettings {
     /// The TLS client settings of `ssl_mode`; `None` for `disable`.
     pub fn tls_config(&self) -> Result<Option<rustls::ClientConfig>, DatastoreError> {
         tls::client_config(self)
+    }
+
+    /// libpq's `channel_binding`.
+    pub fn channel_binding(&self) -> ChannelBinding {
+        self.config.get_channel_binding()
+    }
+
+    /// How many servers the settings name.
+    pub fn hosts(&self) -> usize {
+        self.config.get_hosts().len().max(self.config.get_hostaddrs().len())
     }
 
     /// The first address: a host name or IP, or the folder of a Unix socket.

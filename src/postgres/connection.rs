@@ -10,11 +10,18 @@ use bytes::BytesMut;
 use postgres_protocol::authentication::{md5_hash, sasl};
 use postgres_protocol::message::frontend;
 use rustls::pki_types::ServerName;
+use sha2::{Digest, Sha256, Sha384, Sha512};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
+use x509_cert::Certificate;
+use x509_cert::der::Decode;
+use x509_cert::der::oid::db::rfc5912::{
+    ECDSA_WITH_SHA_256, ECDSA_WITH_SHA_384, ECDSA_WITH_SHA_512, SHA_1_WITH_RSA_ENCRYPTION, SHA_256_WITH_RSA_ENCRYPTION,
+    SHA_384_WITH_RSA_ENCRYPTION, SHA_512_WITH_RSA_ENCRYPTION,
+};
 
 use super::frames::Reader;
 use super::socket::Socket;
@@ -30,6 +37,8 @@ pub struct Address {
     pub password: Option<Vec<u8>>,
     pub dbname: String,
     pub tls: Tls,
+    /// Of SCRAM to the TLS connection (`channel_binding`).
+    pub channel_binding: ChannelBinding,
     /// Settings of each session: how values are written as text must not hang on those of the role or database.
     pub settings: Vec<(&'static str, &'static str)>,
 }
@@ -42,6 +51,16 @@ pub enum Tls {
     Prefer(Arc<rustls::ClientConfig>),
     /// Or no connection at all; what of the certificate is verified is up to the configuration.
     Require(Arc<rustls::ClientConfig>),
+}
+
+/// libpq's `channel_binding`: whether SCRAM proves that nobody stands between, whoever signed the certificate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChannelBinding {
+    Disable,
+    /// Where server and certificate allow it.
+    Prefer,
+    /// Or no connection at all.
+    Require,
 }
 
 /// What a connection is for.
@@ -61,6 +80,8 @@ impl std::fmt::Debug for Address {
 
 const CONNECT: Duration = Duration::from_secs(10);
 const START_UP: Duration = Duration::from_secs(20);
+
+const UNBOUND: &str = "the server does not bind SCRAM to the connection, and channel_binding is 'require'";
 
 impl Address {
     /// `role@host:port/database`
@@ -143,7 +164,34 @@ impl Address {
         PostgresError::Authentication { address: self.place(), reason: reason.into() }
     }
 
+    /// The mechanism out of those offered, and how it is bound.
+    fn mechanism(
+        &self,
+        session: &Session,
+        offered: &[String],
+    ) -> Result<(&'static str, sasl::ChannelBinding), PostgresError> {
+        let offers = |wanted: &str| offered.iter().any(|name| name == wanted);
+        let end_point = match self.channel_binding {
+            ChannelBinding::Disable => None,
+            _ => session.end_point(),
+        };
+        match end_point {
+            Some(hash) if offers(sasl::SCRAM_SHA_256_PLUS) => {
+                Ok((sasl::SCRAM_SHA_256_PLUS, sasl::ChannelBinding::tls_server_end_point(hash)))
+            }
+            _ if self.channel_binding == ChannelBinding::Require => Err(self
+                .refused(format!("{UNBOUND}: it needs TLS on both sides, and a certificate with a hash to bind to"))),
+            _ if !offers(sasl::SCRAM_SHA_256) => {
+                Err(self.refused(format!("the server offers only {}", offered.join(", "))))
+            }
+            // A server that does offer binding learns so that somebody took the offer away.
+            Some(_) => Ok((sasl::SCRAM_SHA_256, sasl::ChannelBinding::unrequested())),
+            None => Ok((sasl::SCRAM_SHA_256, sasl::ChannelBinding::unsupported())),
+        }
+    }
+
     async fn authenticate(&self, session: &mut Session) -> Result<(), PostgresError> {
+        let mut bound = self.channel_binding != ChannelBinding::Require;
         let mut scram: Option<sasl::ScramSha256> = None;
         loop {
             let body = session.expect(b'R', "authentication").await?;
@@ -154,9 +202,11 @@ impl Address {
                     // A server that skips its own half of the proof is not the one that knows the password.
                     return match scram {
                         Some(_) => Err(self.refused("the server did not finish SCRAM")),
+                        None if !bound => Err(self.refused(UNBOUND)),
                         None => Ok(()),
                     };
                 }
+                3 | 5 if !bound => return Err(self.refused(UNBOUND)),
                 3 if session.is_encrypted() => {
                     frontend::password_message(self.secret()?, &mut out).map_err(|error| self.broken(&error))?;
                 }
@@ -173,11 +223,10 @@ impl Address {
                             offered.push(name.to_owned());
                         }
                     }
-                    if !offered.iter().any(|name| name == sasl::SCRAM_SHA_256) {
-                        return Err(self.refused(format!("the server offers only {}", offered.join(", "))));
-                    }
-                    let proof = sasl::ScramSha256::new(self.secret()?, sasl::ChannelBinding::unsupported());
-                    frontend::sasl_initial_response(sasl::SCRAM_SHA_256, proof.message(), &mut out)
+                    let (mechanism, binding) = self.mechanism(session, &offered)?;
+                    bound |= mechanism == sasl::SCRAM_SHA_256_PLUS;
+                    let proof = sasl::ScramSha256::new(self.secret()?, binding);
+                    frontend::sasl_initial_response(mechanism, proof.message(), &mut out)
                         .map_err(|error| self.broken(&error))?;
                     scram = Some(proof);
                 }
@@ -215,6 +264,22 @@ pub(super) enum Stream {
 impl Stream {
     pub(super) fn is_encrypted(&self) -> bool {
         matches!(self, Stream::Tls(_))
+    }
+
+    /// What SCRAM binds to (RFC 5929, `tls-server-end-point`): the server certificate's hash, by its signature's own
+    /// hash function; `None` where it has none (Ed25519).
+    pub(super) fn end_point(&self) -> Option<Vec<u8>> {
+        let Stream::Tls(stream) = self else { return None };
+        let certificate = stream.get_ref().1.peer_certificates()?.first()?;
+        let signed = Certificate::from_der(certificate).ok()?.signature_algorithm.oid;
+        Some(match signed {
+            SHA_1_WITH_RSA_ENCRYPTION | SHA_256_WITH_RSA_ENCRYPTION | ECDSA_WITH_SHA_256 => {
+                Sha256::digest(certificate).to_vec()
+            }
+            SHA_384_WITH_RSA_ENCRYPTION | ECDSA_WITH_SHA_384 => Sha384::digest(certificate).to_vec(),
+            SHA_512_WITH_RSA_ENCRYPTION | ECDSA_WITH_SHA_512 => Sha512::digest(certificate).to_vec(),
+            _ => return None,
+        })
     }
 
     /// See [`Socket::rest`].

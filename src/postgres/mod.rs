@@ -18,7 +18,7 @@ pub mod snapshot;
 mod socket;
 pub mod table_filter;
 
-pub use connection::{Address, Purpose, Tls};
+pub use connection::{Address, ChannelBinding, Purpose, Tls};
 pub use error::{PostgresError, ServerError};
 pub use session::{Rows, Session, identifier, literal, qualified};
 pub use table_filter::TableFilter;

@@ -26,8 +26,11 @@ const QUEUE_BYTES: usize = 16 << 20;
 const COMMAND: Duration = Duration::from_secs(20);
 /// What is durable is told this often while it moves …
 const STATUS: Duration = Duration::from_millis(100);
-/// … and this often in any case, with an answer asked for.
-const HEARTBEAT: Duration = Duration::from_secs(5);
+/// … and this often in any case: a server that is not read from can't ask, and ends the connection after its
+/// `wal_sender_timeout`.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+/// Silence after which an answer is asked for.
+const ASKING: Duration = Duration::from_secs(5);
 /// Silence after which the server counts as gone.
 const SILENCE: Duration = Duration::from_secs(60);
 /// A walsender writes row by row: at more than this many bytes a second, reads wait for each other, or there would be a
@@ -390,7 +393,7 @@ impl Stream {
             return Err(PostgresError::Timeout { what: "any word from the server".into(), after: SILENCE });
         }
         if self.told_at.elapsed() >= HEARTBEAT {
-            return self.tell(true).await;
+            return self.tell(self.heard_at.elapsed() >= ASKING).await;
         }
         if self.acknowledged.durable() != self.told {
             return self.tell(false).await;

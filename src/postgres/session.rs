@@ -46,6 +46,11 @@ impl Session {
         self.stream.is_encrypted()
     }
 
+    /// See [`Stream::end_point`].
+    pub(super) fn end_point(&self) -> Option<Vec<u8>> {
+        self.stream.end_point()
+    }
+
     fn broken(&self, reason: impl Into<String>) -> PostgresError {
         PostgresError::Connection { address: self.address.clone(), reason: reason.into() }
     }
