@@ -22,6 +22,14 @@ pub struct Table {
 }
 
 impl Table {
+    /// Leaves out the columns that are not among `names`; a key without one of its columns is none.
+    pub fn keep_columns(&mut self, names: &[String]) {
+        let key: Vec<String> = self.key.iter().filter_map(|at| Some(self.columns.get(*at)?.name.clone())).collect();
+        self.columns.retain(|column| names.contains(&column.name));
+        let place = |name: &String| self.columns.iter().position(|column| column.name == *name);
+        self.key = key.iter().map(place).collect::<Option<_>>().unwrap_or_default();
+    }
+
     /// `schema.table`
     pub fn full_name(&self) -> String {
         format!("{}.{}", self.schema, self.name)

@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::event::{Column, ColumnType, Oid, ReplicaIdentity, Table, TypeKind};
 
 use super::pgoutput::replica_identity;
-use super::{PostgresError, Session, literal};
+use super::{PostgresError, Session};
 
 const DEADLINE: Duration = Duration::from_secs(30);
 
@@ -25,6 +25,8 @@ pub struct CatalogTable {
     /// The planner's guess at its rows.
     pub estimated_rows: u64,
     pub readable: bool,
+    /// Policies hide some of its rows from the present role (row-level security).
+    pub rows_hidden: bool,
     /// Owned by the present role, directly or through a role it is in.
     pub owned: bool,
 }
@@ -64,7 +66,7 @@ pub async fn tables(session: &mut Session) -> Result<Vec<CatalogTable>, Postgres
              EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary), \
              greatest(c.reltuples, 0)::bigint, \
              has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT'), \
-             pg_has_role(c.relowner, 'USAGE') \
+             pg_has_role(c.relowner, 'USAGE'), row_security_active(c.oid) \
              FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
              WHERE c.relkind IN ('r', 'p') AND c.relpersistence = 'p' AND n.nspname !~ '^pg_' \
              AND n.nspname <> 'information_schema' ORDER BY 2, 3",
@@ -84,6 +86,7 @@ pub async fn tables(session: &mut Session) -> Result<Vec<CatalogTable>, Postgres
             estimated_rows: number(row, 6)?,
             readable: is_true(row, 7),
             owned: is_true(row, 8),
+            rows_hidden: is_true(row, 9),
         });
     }
     let parents = session
@@ -225,7 +228,7 @@ pub async fn load_types(
             .query(
                 &format!(
                     "SELECT t.oid, n.nspname, t.typname, t.typtype, t.typbasetype, t.typtypmod, \
-                     CASE WHEN t.typcategory = 'A' AND t.typtype = 'b' AND t.typlen = -1 THEN t.typelem ELSE 0 END \
+                     CASE WHEN t.typinput = 'pg_catalog.array_in'::regproc THEN t.typelem ELSE 0 END \
                      FROM pg_type t JOIN pg_namespace n ON n.oid = t.typnamespace WHERE t.oid = ANY({})",
                     list(missing.iter().copied())
                 ),
@@ -374,8 +377,8 @@ pub async fn file_nodes(session: &mut Session, oids: &[Oid]) -> Result<BTreeMap<
     Ok(nodes)
 }
 
-/// A setting of the server.
-pub async fn setting(session: &mut Session, name: &str) -> Result<String, PostgresError> {
-    let rows = session.query(&format!("SELECT current_setting({})", literal(name)), DEADLINE).await?;
-    Ok(rows.first().map(|row| text(row, 0).to_owned()).unwrap_or_default())
+/// A transaction of this session lasts as long as it takes, whatever the role's `transaction_timeout` (PostgreSQL 17).
+pub async fn lift_transaction_timeout(session: &mut Session) -> Result<(), PostgresError> {
+    let sql = "SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'transaction_timeout'";
+    session.query(sql, DEADLINE).await.map(drop)
 }

@@ -19,14 +19,35 @@ pub enum Autocreate {
 }
 
 /// A publication as it is.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Publication {
     pub all_tables: bool,
     pub via_root: bool,
     /// Operations it leaves out.
     pub missing_operations: Vec<&'static str>,
     /// Tables it covers, partitions told one by one unless `via_root`.
-    pub tables: Vec<(String, String)>,
+    pub tables: Vec<Published>,
+}
+
+/// A table of a publication, and how much of it the stream will have.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Published {
+    pub schema: String,
+    pub name: String,
+    /// Names of the columns; `None` where the server does not say.
+    pub columns: Option<Vec<String>>,
+    /// An SQL condition that rows must meet.
+    pub filter: Option<String>,
+}
+
+impl Publication {
+    pub fn has(&self, schema: &str, name: &str) -> bool {
+        self.all_tables || self.of(schema, name).is_some()
+    }
+
+    pub fn of(&self, schema: &str, name: &str) -> Option<&Published> {
+        self.tables.iter().find(|table| table.schema == schema && table.name == name)
+    }
 }
 
 pub async fn find(session: &mut Session, name: &str) -> Result<Option<Publication>, PostgresError> {
@@ -47,17 +68,22 @@ pub async fn find(session: &mut Session, name: &str) -> Result<Option<Publicatio
         operations.into_iter().enumerate().filter(|(at, _)| !flag(at + 2)).map(|(_, name)| name).collect();
     let tables = session
         .query(
-            &format!("SELECT schemaname, tablename FROM pg_publication_tables WHERE pubname = {}", literal(name)),
+            // Columns and filters are shown from PostgreSQL 15 on.
+            &format!(
+                "SELECT schemaname, tablename, to_jsonb(t) ->> 'attnames', to_jsonb(t) ->> 'rowfilter' \
+                 FROM pg_publication_tables t WHERE pubname = {}",
+                literal(name)
+            ),
             DEADLINE,
         )
         .await?;
-    let tables = tables
-        .into_iter()
-        .filter_map(|row| {
-            let mut row = row.into_iter().flatten();
-            Some((row.next()?, row.next()?))
-        })
-        .collect();
+    let published = |row: Vec<Option<String>>| -> Option<Published> {
+        let mut row = row.into_iter();
+        let (schema, name, columns) = (row.next()??, row.next()??, row.next()?);
+        let columns = columns.and_then(|columns| serde_json::from_str(&columns).ok());
+        Some(Published { schema, name, columns, filter: row.next()? })
+    };
+    let tables = tables.into_iter().filter_map(published).collect();
     Ok(Some(Publication { all_tables: flag(0), via_root: flag(1), missing_operations, tables }))
 }
 
@@ -147,14 +173,8 @@ pub fn changes(found: Option<&Publication>, wish: &Wish<'_>) -> Result<Changes, 
             wish.name, found.via_root, wish.via_root
         )));
     }
-    let missing: Vec<&CatalogTable> = wish
-        .tables
-        .iter()
-        .filter(|table| {
-            !found.all_tables
-                && !found.tables.iter().any(|(schema, name)| *schema == table.schema && *name == table.name)
-        })
-        .collect();
+    let missing: Vec<&CatalogTable> =
+        wish.tables.iter().filter(|table| !found.has(&table.schema, &table.name)).collect();
     if missing.is_empty() {
         return Ok(Changes::default());
     }
@@ -194,6 +214,7 @@ mod tests {
             has_primary_key: true,
             estimated_rows: 0,
             readable: true,
+            rows_hidden: false,
             owned: true,
         }
     }
@@ -221,7 +242,7 @@ mod tests {
             all_tables: false,
             via_root: false,
             missing_operations: vec![],
-            tables: vec![("s".into(), "p1".into())],
+            tables: vec![Published { schema: "s".into(), name: "p1".into(), ..Published::default() }],
         };
         assert_eq!(changes(Some(&found), &wish).unwrap().sql, [r#"ALTER PUBLICATION "pub" ADD TABLE "s"."a""#]);
         wish.autocreate = Autocreate::Disabled;

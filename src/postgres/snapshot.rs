@@ -13,7 +13,8 @@ use bytes::BytesMut;
 
 use crate::event::{Oid, Table};
 
-use super::catalog::{file_nodes, load_tables};
+use super::catalog::{file_nodes, lift_transaction_timeout, load_tables};
+use super::publication::Published;
 use super::{PostgresError, Session, literal, qualified};
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -38,6 +39,7 @@ impl SnapshotReader {
         snapshot: &str,
         tables: &[(Oid, String, String)],
     ) -> Result<Result<Self, Rewritten>, PostgresError> {
+        lift_transaction_timeout(&mut session).await?;
         session.query("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY", DEADLINE).await?;
         session.query(&format!("SET TRANSACTION SNAPSHOT {}", literal(snapshot)), DEADLINE).await?;
         session.query("SET LOCAL lock_timeout = '30s'; SET LOCAL statement_timeout = 0", DEADLINE).await?;
@@ -65,14 +67,28 @@ impl SnapshotReader {
         Ok(Ok(SnapshotReader { session, time_us, xid }))
     }
 
-    /// The table's shape under the snapshot.
-    pub async fn table(&mut self, oid: Oid, generated: bool) -> Result<Option<Table>, PostgresError> {
-        Ok(load_tables(&mut self.session, &[oid], generated).await?.remove(&oid))
+    /// The table's shape under the snapshot, with the columns that the stream will have, too.
+    pub async fn table(
+        &mut self,
+        oid: Oid,
+        generated: bool,
+        published: Option<&Published>,
+    ) -> Result<Option<Table>, PostgresError> {
+        let mut table = load_tables(&mut self.session, &[oid], generated).await?.remove(&oid);
+        if let (Some(table), Some(columns)) = (&mut table, published.and_then(|of| of.columns.as_ref())) {
+            table.keep_columns(columns);
+        }
+        Ok(table)
     }
 
     /// Begins to read all rows, columns in the table's order; then [`SnapshotReader::rows`].
-    pub async fn begin(&mut self, table: &Table, whole_tree: bool) -> Result<String, PostgresError> {
-        let sql = copy_sql(table, whole_tree, None);
+    pub async fn begin(
+        &mut self,
+        table: &Table,
+        whole_tree: bool,
+        published: Option<&Published>,
+    ) -> Result<String, PostgresError> {
+        let sql = copy_sql(table, whole_tree, published.and_then(|of| of.filter.as_deref()), None);
         self.session.copy_out(&sql).await?;
         Ok(sql)
     }
@@ -89,13 +105,14 @@ impl SnapshotReader {
     }
 }
 
-/// `whole_tree`: a partitioned table that stands for its partitions.
-pub fn copy_sql(table: &Table, whole_tree: bool, limit: Option<usize>) -> String {
+/// `whole_tree`: a partitioned table that stands for its partitions. `filter`: the publication's.
+pub fn copy_sql(table: &Table, whole_tree: bool, filter: Option<&str>, limit: Option<usize>) -> String {
     let columns: Vec<String> = table.columns.iter().map(|column| super::identifier(&column.name)).collect();
     let only = if whole_tree { "" } else { "ONLY " };
+    let filter = filter.map(|filter| format!(" WHERE ({filter})")).unwrap_or_default();
     let limit = limit.map(|rows| format!(" LIMIT {rows}")).unwrap_or_default();
     format!(
-        "COPY (SELECT {} FROM {only}{}{limit}) TO STDOUT",
+        "COPY (SELECT {} FROM {only}{}{filter}{limit}) TO STDOUT",
         columns.join(", "),
         qualified(&table.schema, &table.name)
     )

@@ -222,6 +222,17 @@ fn health(report: &StatusReport) -> Health {
         let message = format!("{letters}; hint: 'tidegate dead-letters list {name}' shows them");
         warnings.push(Trouble { what: name.clone(), message });
     }
+    for connector in &report.connectors {
+        let names = connector.facts.get("not_captured").and_then(Value::as_array);
+        let names: Vec<&str> = names.into_iter().flatten().filter_map(Value::as_str).collect();
+        if !names.is_empty() {
+            let message = format!(
+                "{} asked for and not captured: another role's; hint: 'tidegate plan --sql' has what its owner must run",
+                names.join(", ")
+            );
+            warnings.push(Trouble { what: connector.name.clone(), message });
+        }
+    }
     for orphan in &report.orphans {
         let hint = format!("hint: put its file back, or run 'tidegate connectors forget {}'", orphan.name);
         let held = match (orphan.identity.get("slot.name"), orphan.wal_kept_bytes) {

@@ -10,7 +10,7 @@ use tidegate::event::{Lsn, Operation};
 use tidegate::pipeline::ConnectorState;
 
 use crate::support::capture::{World, confirmed, letters, wait_for_equality};
-use crate::support::{Postgres, Version, eventually, postgres};
+use crate::support::{Postgres, Version, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn rows_from_before_and_changes_from_after_are_in_the_topic() {
@@ -97,45 +97,6 @@ async fn a_snapshot_under_concurrent_writers_leaves_no_gap() {
         }
         capture.stop().await.unwrap();
     }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn tls_is_spoken_and_an_unknown_authority_is_refused() {
-    let options = postgres::Options { tls_only: true, ..Default::default() };
-    let server = Postgres::own_with(Version::Distribution, options).await;
-    let database = server.database("tls").await;
-    let owner = database.connect_as_superuser().await;
-    owner.batch_execute("CREATE TABLE t (id int PRIMARY KEY); ALTER TABLE t OWNER TO tidegate").await.unwrap();
-    let mut world = World::new(&database, &[r"public\.t"]);
-    let root = server.root_certificate();
-    world.url = format!("{}?sslmode=verify-full&sslrootcert={}", database.url(), root.display());
-    let capture = world.start().await;
-    owner.batch_execute("INSERT INTO t VALUES (1)").await.unwrap();
-    world.wait_for_changes("shop.public.t", 1).await;
-    let sql = "SELECT count(*) FROM pg_stat_ssl JOIN pg_stat_replication USING (pid) WHERE ssl";
-    // The row may have come with the snapshot, before the stream.
-    eventually(Duration::from_secs(30), "a stream over TLS", async || {
-        owner.query_one(sql, &[]).await.unwrap().get::<_, i64>(0) == 1
-    })
-    .await;
-    capture.stop().await.unwrap();
-
-    world.url = format!("{}?sslmode=verify-full", database.url());
-    let fault = world.start().await.ended().await.unwrap_err();
-    assert!(fault.message.contains("TLS"), "{fault}");
-    world.url = format!("{}?sslmode=disable", database.url());
-    let fault = world.start().await.ended().await.unwrap_err();
-    assert!(fault.message.contains("no encryption") || fault.message.contains("pg_hba"), "{fault}");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_wrong_password_needs_a_person() {
-    let server = Postgres::shared(Version::Distribution).await;
-    let database = server.database("password").await;
-    let mut world = World::new(&database, &[".*"]);
-    world.url = database.url().replace(":tidegate@", ":wrong@");
-    let fault = world.start().await.ended().await.unwrap_err();
-    assert!(fault.message.contains("28P01"), "{fault}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -11,7 +11,7 @@ use tidegate::avro::{
 };
 use tidegate::event::{Cell, Lsn, Operation, Table};
 use tidegate::postgres::table_filter::pattern;
-use tidegate::postgres::{Address, Purpose, Tls, catalog};
+use tidegate::postgres::{Address, ChannelBinding, Purpose, Tls, catalog};
 use tidegate::registry::SchemaId;
 use tidegate::sources::postgres::CaptureSettings;
 use tokio_postgres::{Client, SimpleQueryMessage};
@@ -51,6 +51,7 @@ async fn tables(database: &Database<'_>) -> Vec<Table> {
         password: Some(b"tidegate".to_vec()),
         dbname: database.name.clone(),
         tls: Tls::Disable,
+        channel_binding: ChannelBinding::Prefer,
         settings: SESSION_SETTINGS.to_vec(),
     };
     let mut session = address.connect(Purpose::Sql).await.expect("a session");

@@ -65,7 +65,7 @@ async fn heartbeats_come_at_their_interval_also_without_changes() {
     capture.stop().await.unwrap();
 }
 
-fn read(more: &str) -> Result<CaptureSettings, String> {
+pub fn read(more: &str) -> Result<CaptureSettings, String> {
     let text = format!("topic.prefix: shop\n{more}\n");
     let mut section = Section::new(parse_text(&text, "shop.yaml").unwrap(), "connector").unwrap();
     let settings = CaptureSettings::read(&mut section).map_err(|error| error.to_string())?;

@@ -103,6 +103,10 @@ pub struct PostgresSource {
     /// When the position was last stored.
     stored_at: Instant,
     first: bool,
+    /// Since when an opening is through and nobody has asked for what it came to.
+    unasked: Option<Instant>,
+    /// The next opening takes tables that are new.
+    adopt: bool,
     nullable: Nullable,
     watch: watch::Watch,
 }
@@ -147,6 +151,8 @@ impl PostgresSource {
             moved: Instant::now(),
             stored_at: Instant::now(),
             first: true,
+            unasked: None,
+            adopt: false,
             nullable: Nullable::new(),
             watch,
         }
@@ -197,6 +203,7 @@ impl PostgresSource {
             stored: self.durable.clone(),
             from: self.handed.clone(),
             first: self.first,
+            adopt: self.adopt,
         };
         let (log, load) = (self.resolver.log.clone(), !self.schemas.is_loaded());
         Stage::Opening(tokio::spawn(async move {
@@ -210,6 +217,7 @@ impl PostgresSource {
 
     fn opened(&mut self, opened: Opened) -> Option<Batch<CapturedBatch, Mark>> {
         self.first = false;
+        self.adopt = false;
         match opened {
             Opened::Store(position) => {
                 self.stage = Stage::Storing;
@@ -303,8 +311,22 @@ impl PostgresSource {
         self.status.set_lag(Lag { bytes: Some(end.bytes_since(read)), seconds: Some(seconds), events: None });
     }
 
-    /// What was handed on does not become durable, or what was received is not asked for.
+    /// Ends the stream; the next batch asked for begins another, behind what was handed on.
+    fn disconnect(&mut self) {
+        self.drop_stage();
+        if let (Some(writer), Some(handed)) = (&mut self.writer, &self.handed) {
+            writer.reset(handed.clone());
+        }
+    }
+
+    /// What was handed on does not become durable, or what was opened or received is not asked for.
     fn stalled(&mut self) -> bool {
+        // A pause may come while a stream is being opened: the server waits for an answer from then on.
+        let opened = matches!(&self.stage, Stage::Opening(task) if task.is_finished());
+        self.unasked = opened.then(|| self.unasked.unwrap_or_else(Instant::now));
+        if self.unasked.is_some_and(|since| since.elapsed() > STALLED) {
+            return true;
+        }
         let in_flight = self.batches_handed != self.batches_durable;
         let Stage::Streaming(streaming) = &mut self.stage else { return false };
         let unread = streaming.waits_longer_than(STALLED);
@@ -413,12 +435,19 @@ impl Source for PostgresSource {
             tracing::warn!(connector = %self.name, paused,
                 "nothing has moved for {} s: closing the replication connection, so that the server is not held up",
                 STALLED.as_secs());
-            self.drop_stage();
-            if let (Some(writer), Some(handed)) = (&mut self.writer, &self.handed) {
-                writer.reset(handed.clone());
-            }
+            self.disconnect();
+        }
+        let handed = self.handed.as_ref().filter(|_| matches!(self.stage, Stage::Streaming(_)));
+        if handed.is_some_and(|handed| self.watch.finds_tables(handed.commit_end)) {
+            self.watch.forget_tables();
+            self.adopt = true;
+            self.disconnect();
         }
         Ok(())
+    }
+
+    fn is_reading(&self) -> bool {
+        matches!(self.stage, Stage::Snapshot(_) | Stage::Streaming(_) | Stage::Finished)
     }
 
     async fn close(&mut self) -> Result<(), Fault> {

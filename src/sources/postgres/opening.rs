@@ -22,17 +22,22 @@ use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+use crate::avro;
 use crate::event::{CapturePosition, Lsn, Oid, SharedTable, SnapshotProgress, Table};
 use crate::pipeline::{Fault, FaultKind, Status};
 use crate::postgres::catalog::{self, CatalogTable, ServerFacts};
+use crate::postgres::publication::{Autocreate, Published};
 use crate::postgres::replication::{self, Acknowledged, Chunks, CreatedSlot, SlotKind};
 use crate::postgres::snapshot::{Rewritten, SnapshotReader};
 use crate::postgres::{Address, PostgresError, Purpose, Session, publication, slot};
 
 use super::settings::{CaptureSettings, SnapshotMode};
 
+/// Name of the fact of tables that are asked for and can't be had.
+pub(super) const NOT_CAPTURED: &str = "not_captured";
 /// How soon a slot that another has is asked for again.
 const TAKEN: Duration = Duration::from_secs(1);
 
@@ -106,12 +111,15 @@ impl Drop for StreamFeed {
 }
 
 /// Tables that are asked for.
+#[derive(Default)]
 pub(super) struct Wanted {
     /// With rows of their own, or roots where partitions are published through them.
     pub tables: Vec<CatalogTable>,
     pub parents: Vec<CatalogTable>,
     /// Partitions that have the rows of roots.
     pub leaves: Vec<CatalogTable>,
+    /// How much of each table is published.
+    pub published: Vec<Published>,
 }
 
 pub(super) async fn wanted(session: &mut Session, settings: &CaptureSettings) -> Result<Wanted, PostgresError> {
@@ -119,7 +127,7 @@ pub(super) async fn wanted(session: &mut Session, settings: &CaptureSettings) ->
     let asked: Vec<CatalogTable> = all.into_iter().filter(|table| settings.tables.wants_table(table)).collect();
     let (parents, leaves): (Vec<_>, Vec<_>) = asked.into_iter().partition(|table| table.partitioned);
     if !settings.via_root {
-        return Ok(Wanted { tables: leaves, parents, leaves: Vec::new() });
+        return Ok(Wanted { tables: leaves, parents, ..Wanted::default() });
     }
     // Through the root: a partition of a wanted root has no topic of its own.
     let covered = |table: &CatalogTable| {
@@ -130,7 +138,57 @@ pub(super) async fn wanted(session: &mut Session, settings: &CaptureSettings) ->
     };
     let (leaves, mut tables): (Vec<_>, Vec<_>) = leaves.into_iter().partition(covered);
     tables.extend(parents.iter().filter(|table| !covered(table)).cloned());
-    Ok(Wanted { tables, parents: Vec::new(), leaves })
+    Ok(Wanted { tables, leaves, ..Wanted::default() })
+}
+
+/// Takes out of `wanted` the tables that are not in the publication and that only another role can add; their names.
+/// A first publication is all or nothing.
+fn take_others(
+    wanted: &mut Wanted,
+    found: Option<&publication::Publication>,
+    settings: &CaptureSettings,
+    facts: &ServerFacts,
+) -> Vec<String> {
+    let Some(found) = found else { return Vec::new() };
+    if facts.superuser || settings.autocreate != Autocreate::Filtered {
+        return Vec::new();
+    }
+    let others = |table: &CatalogTable| !table.owned && !found.has(&table.schema, &table.name);
+    let names = wanted.tables.iter().filter(|table| others(table)).map(CatalogTable::full_name).collect();
+    wanted.tables.retain(|table| !others(table));
+    names
+}
+
+/// Two tables whose rows would be mixed in one topic: their names differ in what Kafka forbids in a topic's.
+pub(super) fn shared_topic(wanted: &Wanted, settings: &CaptureSettings) -> Option<String> {
+    let mut topics: BTreeMap<String, String> = BTreeMap::new();
+    for table in &wanted.tables {
+        let topic = avro::topic_name(&settings.prefix, &table.schema, &table.name);
+        if let Some(other) = topics.insert(topic.clone(), table.full_name()) {
+            return Some(format!(
+                "{other} and {} would share topic '{topic}'. hint: rename one, or leave it out with table.exclude.list",
+                table.full_name()
+            ));
+        }
+    }
+    None
+}
+
+/// Tables that are asked for and not published: those that this role can add, and those of others.
+pub(super) async fn unpublished(
+    session: &mut Session,
+    settings: &CaptureSettings,
+) -> Result<(Vec<String>, Vec<String>), PostgresError> {
+    let facts = catalog::server_facts(session).await?;
+    let mut wanted = wanted(session, settings).await?;
+    let found = publication::find(session, &settings.publication).await?;
+    let others = take_others(&mut wanted, found.as_ref(), settings, &facts);
+    // A publication that is gone, or that somebody else keeps, is told of at the next opening.
+    let ours = match found.is_some() && settings.autocreate == Autocreate::Filtered {
+        true => publication::changes(found.as_ref(), &wish(settings, &wanted, &facts))?.added,
+        false => Vec::new(),
+    };
+    Ok((ours, others))
 }
 
 pub(super) struct Opening {
@@ -144,6 +202,9 @@ pub(super) struct Opening {
     pub from: Option<CapturePosition>,
     /// The first opening of this run: `snapshot.mode: always` counts from here.
     pub first: bool,
+    /// All is handed on that was committed before tables were found that are asked for and not published: they are
+    /// taken now.
+    pub adopt: bool,
 }
 
 impl Opening {
@@ -154,6 +215,8 @@ impl Opening {
 
     async fn decide(self) -> Result<Opened, Fault> {
         let mut session = self.address.connect(Purpose::Replication).await?;
+        // The slot's snapshot is exported by a transaction that lasts until all is read.
+        catalog::lift_transaction_timeout(&mut session).await?;
         let facts = catalog::server_facts(&mut session).await?;
         if let Some(problem) = facts.problems().first() {
             let sql = facts.dba_sql().join(" ");
@@ -238,8 +301,22 @@ impl Opening {
             let progress = SnapshotProgress { consistent_point: stored.commit_end, ..SnapshotProgress::default() };
             return Ok(Opened::Store(Box::new(CapturePosition { snapshot: Some(progress), ..stored })));
         }
-        let wanted = self.publish(&mut session, &facts).await?;
         let mut position = self.from.clone().unwrap_or(stored);
+        let (mut wanted, changes) = self.compare(&mut session, &facts).await?;
+        if changes.creates || self.settings.snapshot == SnapshotMode::NoData {
+            self.publish(&mut session, &wanted, &changes).await?;
+        } else if self.adopt && !changes.added.is_empty() {
+            // Stored before they are published: what is published and has not been read would not be missed any more.
+            let taken = |table: &CatalogTable| !changes.added.contains(&table.full_name());
+            let done = wanted.tables.iter().filter(|table| taken(table)).map(CatalogTable::full_name).collect();
+            let begun = Vec::new();
+            let progress = SnapshotProgress { consistent_point: position.commit_end, done, begun };
+            tracing::info!(connector = %self.name, tables = %changes.added.join(", "), "new: reading them, then on");
+            return Ok(Opened::Store(Box::new(CapturePosition { snapshot: Some(progress), ..position })));
+        } else {
+            // Taken when all is handed on that was committed before: a table may have taken the place of another.
+            wanted.tables.retain(|table| !changes.added.contains(&table.full_name()));
+        }
         if position.timeline != system.timeline {
             tracing::warn!(connector = %self.name, from = position.timeline, to = system.timeline,
                 "the server is on a new timeline: a standby was promoted or a backup restored");
@@ -304,33 +381,56 @@ impl Opening {
         Ok(Opened::Stream(Box::new(StreamFeed { chunks, acknowledged, stop, task, position, catalog, behind })))
     }
 
-    /// Makes the publication, or adds tables to it; warns of what it means.
-    async fn publish(&self, session: &mut Session, facts: &ServerFacts) -> Result<Wanted, Fault> {
-        let wanted = wanted(session, &self.settings).await?;
+    /// The tables asked for that can be had, and what is to be run for them to be published.
+    async fn compare(
+        &self,
+        session: &mut Session,
+        facts: &ServerFacts,
+    ) -> Result<(Wanted, publication::Changes), Fault> {
+        let mut wanted = wanted(session, &self.settings).await?;
         let found = publication::find(session, &self.settings.publication).await?;
-        let changes = publication::changes(found.as_ref(), &wish(&self.settings, &wanted, facts))?;
-        publication::apply(session, &changes).await.map_err(|error| match error.code() {
-            Some("42501") => {
-                Fault::stop(format!("{error}. hint: a role that owns the tables must run: {};", changes.sql.join("; ")))
-            }
-            // Somebody else has just made it.
-            Some("42710" | "23505") => Fault::retry(error.to_string()),
-            _ => error.into(),
-        })?;
-        if !changes.added.is_empty() {
-            tracing::info!(connector = %self.name, publication = %self.settings.publication,
-                tables = %changes.added.join(", "), "published");
+        let others = take_others(&mut wanted, found.as_ref(), &self.settings, facts);
+        if !others.is_empty() {
+            tracing::warn!(connector = %self.name, tables = %others.join(", "),
+                "are asked for and not captured: only their owner can publish them; hint: 'tidegate plan'");
         }
+        self.status.set_fact(NOT_CAPTURED, others);
+        if let Some(problem) = shared_topic(&wanted, &self.settings) {
+            return Err(Fault::stop(problem));
+        }
+        let changes = publication::changes(found.as_ref(), &wish(&self.settings, &wanted, facts))?;
         for table in wanted.tables.iter().filter(|table| !table.has_identity()) {
             tracing::warn!(connector = %self.name, table = %table.full_name(),
                 "has no replica identity: PostgreSQL refuses its updates and deletes while it is published; \
                  hint: ALTER TABLE … REPLICA IDENTITY FULL");
         }
-        if found.is_some() && !changes.added.is_empty() && self.stored.as_ref().is_some_and(|p| p.snapshot.is_none()) {
+        Ok((wanted, changes))
+    }
+
+    /// Makes the publication, or adds tables to it; warns of what it means.
+    async fn publish(
+        &self,
+        session: &mut Session,
+        wanted: &Wanted,
+        changes: &publication::Changes,
+    ) -> Result<(), Fault> {
+        publication::apply(session, changes).await.map_err(|error| match error.code() {
+            Some("42501") => {
+                Fault::stop(format!("{error}. hint: a role that owns the tables must run: {};", changes.sql.join("; ")))
+            }
+            // Somebody else has just made it, or a table was just dropped.
+            Some("42710" | "23505" | "42P01") => Fault::retry(error.to_string()),
+            _ => error.into(),
+        })?;
+        if !changes.added.is_empty() {
+            tracing::info!(connector = %self.name, publication = %self.settings.publication,
+                tables = %changes.added.join(", "), of = wanted.tables.len(), "published");
+        }
+        if !changes.added.is_empty() && self.stored.as_ref().is_some_and(|p| p.snapshot.is_none()) {
             tracing::warn!(connector = %self.name, tables = %changes.added.join(", "),
                 "are captured from here on; rows from before are not in the log");
         }
-        Ok(wanted)
+        Ok(())
     }
 
     /// A slot, where there is none of this snapshot yet, and the snapshot where one is asked for. Only entered with an
@@ -342,7 +442,10 @@ impl Opening {
         facts: &ServerFacts,
         stored: CapturePosition,
     ) -> Result<Opened, Fault> {
-        let wanted = self.publish(&mut session, facts).await?;
+        let (mut wanted, changes) = self.compare(&mut session, facts).await?;
+        self.publish(&mut session, &wanted, &changes).await?;
+        wanted.published =
+            publication::find(&mut session, &self.settings.publication).await?.unwrap_or_default().tables;
         let settings = self.settings.clone();
         let with_data = settings.snapshot != SnapshotMode::NoData;
         let begun = stored.snapshot.as_ref().is_some_and(|progress| progress.consistent_point != Lsn::ZERO);
@@ -396,7 +499,12 @@ impl Opening {
                 return Ok(Opened::Store(Box::new(position)));
             };
             let done = position.snapshot.as_ref().map_or(&[][..], |progress| &progress.done);
-            let mut left = Wanted { tables: wanted.tables.clone(), parents: Vec::new(), leaves: wanted.leaves.clone() };
+            let mut left = Wanted {
+                tables: wanted.tables.clone(),
+                leaves: wanted.leaves.clone(),
+                published: wanted.published.clone(),
+                ..Wanted::default()
+            };
             left.tables.retain(|table| !done.contains(&table.full_name()));
             let reading = self.address.connect(Purpose::Sql).await?;
             let locked: Vec<(Oid, String, String)> = left
@@ -405,7 +513,7 @@ impl Opening {
                 .chain(&left.leaves)
                 .map(|table| (table.oid, table.schema.clone(), table.name.clone()))
                 .collect();
-            match SnapshotReader::open(reading, &snapshot, &locked).await? {
+            match SnapshotReader::open(reading, &snapshot, &locked).await.map_err(reading_fault)? {
                 Ok(reader) => {
                     if keeps {
                         tracing::info!(connector = %self.name, slot = %settings.slot, since = %position.commit_end,
@@ -465,13 +573,13 @@ impl Opening {
         let name = self.name.clone();
         let task = tokio::spawn(async move {
             let began = Instant::now();
-            let result = read_all(&mut reader, &wanted.tables, generated, &sender).await;
+            let result = read_all(&mut reader, &wanted, generated, &sender).await;
             let last = match result {
                 Ok(()) => match reader.finish().await {
                     Ok(()) => Ok(SnapshotItem::Done),
-                    Err(error) => Err(error.into()),
+                    Err(error) => Err(reading_fault(error)),
                 },
-                Err(error) => Err(Fault::from(error)),
+                Err(error) => Err(reading_fault(error)),
             };
             // Until here the slot's session has kept the exported snapshot.
             exporter.close().await;
@@ -482,10 +590,23 @@ impl Opening {
     }
 }
 
+/// A table that was dropped, renamed or lost a column between the slot and its lock is found anew by the next reading.
+fn reading_fault(error: PostgresError) -> Fault {
+    match error.code() {
+        Some("42P01" | "42703" | "3F000") => {
+            Fault::retry(format!("a table was altered while the snapshot began, which is taken anew: {error}"))
+        }
+        Some("42501") if error.to_string().contains("row-level security") => {
+            Fault::stop(format!("{error}. hint: ALTER ROLE … BYPASSRLS: a snapshot without the hidden rows is none"))
+        }
+        _ => error.into(),
+    }
+}
+
 /// The tables' rows, in order, into the queue.
 async fn read_all(
     reader: &mut SnapshotReader,
-    tables: &[CatalogTable],
+    all: &Wanted,
     generated: bool,
     queue: &mpsc::Sender<Result<SnapshotItem, Fault>>,
 ) -> Result<(), PostgresError> {
@@ -493,18 +614,19 @@ async fn read_all(
     const SILENCE: Duration = Duration::from_secs(300);
     let room = Arc::new(Semaphore::new(QUEUE_BYTES >> 10));
     let gone = |_| PostgresError::Protocol("nobody reads the snapshot".into());
-    for wanted in tables {
-        let Some(table) = reader.table(wanted.oid, generated).await? else { continue };
+    for wanted in &all.tables {
+        let published = all.published.iter().find(|of| of.schema == wanted.schema && of.name == wanted.name);
+        let Some(table) = reader.table(wanted.oid, generated, published).await? else { continue };
         if table.columns.is_empty() {
             continue;
         }
         let table = Arc::new(table);
         queue.send(Ok(SnapshotItem::Table(table.clone()))).await.map_err(gone)?;
-        let sql = reader.begin(&table, wanted.partitioned).await?;
+        let late =
+            |_| PostgresError::Timeout { what: format!("the next rows of {}", table.full_name()), after: SILENCE };
+        let sql = timeout(SILENCE, reader.begin(&table, wanted.partitioned, published)).await.map_err(late)??;
         loop {
-            let rows = tokio::time::timeout(SILENCE, reader.rows(&sql)).await.unwrap_or_else(|_| {
-                Err(PostgresError::Timeout { what: format!("the next rows of {}", table.full_name()), after: SILENCE })
-            })?;
+            let rows = timeout(SILENCE, reader.rows(&sql)).await.map_err(late)??;
             let Some(rows) = rows else { break };
             let share = (rows.len() >> 10).clamp(1, QUEUE_BYTES >> 10) as u32;
             let Ok(share) = room.clone().acquire_many_owned(share).await else { break };

@@ -15,7 +15,7 @@ use crate::postgres::slot::Loss;
 use crate::postgres::{Address, Purpose, identifier, publication, qualified, slot, snapshot};
 use crate::registry::Registry;
 
-use super::opening::{wanted, wish};
+use super::opening::{shared_topic, wanted, wish};
 use super::relations::encoding_fault;
 use super::settings::{CaptureSettings, SnapshotMode};
 
@@ -44,6 +44,7 @@ pub async fn plan(
     let role = identifier(&facts.user);
 
     let wanted = wanted(&mut session, &settings).await?;
+    plan.problems.extend(shared_topic(&wanted, &settings));
     let found = publication::find(&mut session, &settings.publication).await?;
     match publication::changes(found.as_ref(), &wish(&settings, &wanted, &facts)) {
         Ok(changes) if changes.sql.is_empty() => {
@@ -144,6 +145,10 @@ pub async fn plan(
             plan.dba_sql.push(format!("GRANT USAGE ON SCHEMA {} TO {role};", identifier(&table.schema)));
             plan.dba_sql.push(format!("GRANT SELECT ON {} TO {role};", qualified(&table.schema, &table.name)));
         }
+        if table.rows_hidden && settings.snapshot != SnapshotMode::NoData {
+            plan.problems.push(format!("row-level security hides rows of {name} from role '{}'", facts.user));
+            plan.dba_sql.push(format!("ALTER ROLE {role} BYPASSRLS;"));
+        }
         if !table.has_identity() {
             plan.problems.push(format!(
                 "{name} has no replica identity: PostgreSQL refuses its updates and deletes while it is published"
@@ -197,7 +202,7 @@ pub async fn preview(settings: &CaptureSettings, address: &Address, limit: usize
         let plan = TablePlan::compile(shape, &settings.encoding, key_id, 0).map_err(encoding_fault)?;
         let key = schemas.key.as_deref().map(Decoder::compile).transpose().map_err(encoding_fault)?;
         let value = Decoder::compile(&schemas.value).map_err(encoding_fault)?;
-        let sql = snapshot::copy_sql(shape, table.partitioned, Some(left));
+        let sql = snapshot::copy_sql(shape, table.partitioned, None, Some(left));
         session.copy_out(&sql).await?;
         while let Some(mut rows) = session.copy_chunk(&sql).await? {
             while let Some((frame, length)) = next_frame(&rows)? {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use regex::Regex;
+use tokio_postgres::config::ChannelBinding as Asked;
 
 use crate::avro::{ColumnLists, EncodingSettings, SESSION_SETTINGS};
 use crate::config::{ByteSize, ConfigError, Secret, Section, Spanned};
@@ -14,7 +15,7 @@ use crate::log::TopicSpec;
 use crate::pipeline::Fault;
 use crate::postgres::publication::Autocreate;
 use crate::postgres::table_filter::pattern;
-use crate::postgres::{Address, TableFilter, Tls};
+use crate::postgres::{Address, ChannelBinding, TableFilter, Tls};
 
 /// `snapshot.mode`
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +73,16 @@ pub struct CaptureSettings {
     /// How long the slot's creation may wait for running transactions.
     pub slot_creation: Duration,
 }
+
+/// Settings of each session beside those of its text: a role's or database's own would cut a snapshot short, or, where
+/// policies hide rows from the role, have it read less than all rows without a word (with `off` that is an error).
+const WHOLE: &[(&str, &str)] = &[
+    ("row_security", "off"),
+    ("statement_timeout", "0"),
+    ("lock_timeout", "0"),
+    ("idle_in_transaction_session_timeout", "0"),
+    ("idle_session_timeout", "0"),
+];
 
 fn patterns(section: &mut Section, name: &str) -> Result<Vec<Regex>, ConfigError> {
     let list: Vec<Spanned<String>> = section.or(name, Vec::new())?;
@@ -220,6 +231,13 @@ impl CaptureSettings {
     /// Where the events come from; `worker` is the datastore of the worker.
     pub fn address(&self, worker: &DatastoreSettings) -> Result<Address, Fault> {
         let from = self.database.as_ref().unwrap_or(worker);
+        if from.hosts() > 1 {
+            return Err(Fault::stop(format!(
+                "the datastore's url names {} hosts: a slot is on one of them. hint: give the capture the primary's \
+                 address, or one name that follows it ('database.hostname')",
+                from.hosts()
+            )));
+        }
         let tls = match from.tls_config().map_err(|error| Fault::stop(error.to_string()))? {
             None => Tls::Disable,
             Some(config) if from.ssl_mode == SslMode::Prefer => Tls::Prefer(Arc::new(config)),
@@ -232,7 +250,12 @@ impl CaptureSettings {
             password: from.password().map(<[u8]>::to_vec),
             dbname: from.dbname().to_owned(),
             tls,
-            settings: SESSION_SETTINGS.to_vec(),
+            channel_binding: match from.channel_binding() {
+                Asked::Disable => ChannelBinding::Disable,
+                Asked::Require => ChannelBinding::Require,
+                _ => ChannelBinding::Prefer,
+            },
+            settings: SESSION_SETTINGS.iter().chain(WHOLE).copied().collect(),
         })
     }
 

@@ -1,4 +1,5 @@
-//! What the server keeps for the slot, and how far its WAL goes: polled on the side, told in status and metrics.
+//! What the server keeps for the slot, how far its WAL goes, and whether all tables that are asked for are published:
+//! polled on the side, told in status and metrics.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,6 +12,7 @@ use crate::event::Lsn;
 use crate::pipeline::Status;
 use crate::postgres::slot::{self, Slot};
 
+use super::opening;
 use super::relations::Catalog;
 use super::settings::CaptureSettings;
 
@@ -37,6 +39,8 @@ struct Before {
     kept: Option<(Instant, u64)>,
     /// End of the WAL at the last look, and at the one before.
     ends: [Lsn; 2],
+    /// Tables were found that are asked for and not published (made, or made again), and where the WAL ended then.
+    unpublished_at: Option<Lsn>,
 }
 
 impl Drop for Watch {
@@ -63,7 +67,21 @@ impl Watch {
 
     /// Where the server's WAL ended some seconds ago: long enough for the stream to have told of it.
     pub(super) fn wal_end(&self) -> Lsn {
-        self.before.lock().unwrap_or_else(std::sync::PoisonError::into_inner).ends[1]
+        self.before().ends[1]
+    }
+
+    /// There are tables to be taken, and all that was committed before they were found ends before `handed`.
+    pub(super) fn finds_tables(&self, handed: Lsn) -> bool {
+        self.before().unpublished_at.is_some_and(|end| handed >= end)
+    }
+
+    /// They are being taken.
+    pub(super) fn forget_tables(&self) {
+        self.before().unpublished_at = None;
+    }
+
+    fn before(&self) -> std::sync::MutexGuard<'_, Before> {
+        self.before.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// Begins a look when one is due. `expected`: see there.
@@ -77,7 +95,17 @@ impl Watch {
         let (catalog, settings) = (self.catalog.clone(), self.settings.clone());
         let (name, status, before) = (self.name.clone(), self.status.clone(), self.before.clone());
         self.look = Some(tokio::spawn(async move {
-            let look = async { slot::find(&mut *catalog.session().await?, &settings.slot).await };
+            // Tables first: all that came before them ends before the WAL's end that is seen then.
+            let mut unpublished = false;
+            let look = async {
+                let mut session = catalog.session().await?;
+                if expected {
+                    let (ours, others) = opening::unpublished(&mut session, &settings).await?;
+                    unpublished = !ours.is_empty();
+                    status.set_fact(opening::NOT_CAPTURED, others);
+                }
+                slot::find(&mut session, &settings.slot).await
+            };
             match tokio::time::timeout(DEADLINE, look).await {
                 Ok(Ok(Some(slot))) => {
                     if slot.wal_status == "lost" {
@@ -88,7 +116,7 @@ impl Watch {
                             settings.slot
                         ));
                     }
-                    tell(&slot, &settings.slot, &name, &status, &before);
+                    tell(&slot, &settings.slot, &name, &status, &before, unpublished);
                 }
                 Ok(Ok(None)) => {
                     if expected {
@@ -109,7 +137,14 @@ impl Watch {
     }
 }
 
-fn tell(slot: &Slot, slot_name: &str, name: &str, status: &Status, before: &std::sync::Mutex<Before>) {
+fn tell(
+    slot: &Slot,
+    slot_name: &str,
+    name: &str,
+    status: &Status,
+    before: &std::sync::Mutex<Before>,
+    unpublished: bool,
+) {
     let now = Instant::now();
     let mut before = before.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     // At the present rate, how long the WAL that may still be kept will last.
@@ -119,7 +154,9 @@ fn tell(slot: &Slot, slot_name: &str, name: &str, status: &Status, before: &std:
     });
     before.kept = Some((now, slot.kept_bytes));
     let confirmed = slot.confirmed_flush.unwrap_or_default();
-    before.ends = [Lsn(confirmed.0.saturating_add(slot.lag_bytes)), before.ends[0]];
+    let end = Lsn(confirmed.0.saturating_add(slot.lag_bytes));
+    before.ends = [end, before.ends[0]];
+    before.unpublished_at = unpublished.then(|| before.unpublished_at.unwrap_or(end));
     drop(before);
     let seconds_left = match (slot.safe_wal_size, growth) {
         (Some(safe), Some(rate)) => Some((safe.max(0) as f64 / rate).round()),
