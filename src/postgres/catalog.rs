@@ -377,7 +377,7 @@ pub async fn file_nodes(session: &mut Session, oids: &[Oid]) -> Result<BTreeMap<
     Ok(nodes)
 }
 
-/// A transaction of this session lasts as long as it takes, whatever the role's `transaction_timeout` (PostgreSQL 17).
+/// A transaction on it lasts as long as it takes, whatever the role's `transaction_timeout` (PostgreSQL 17).
 pub async fn lift_transaction_timeout(session: &mut Session) -> Result<(), PostgresError> {
     let sql = "SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'transaction_timeout'";
     session.query(sql, DEADLINE).await.map(drop)
