@@ -219,7 +219,7 @@ pub async fn put_aside<C: GenericClient>(client: &C, connector: &str) -> Result<
             "SELECT (SELECT count(*) FROM tidegate.held WHERE connector = $1), \
                  EXISTS (SELECT FROM tidegate.held h WHERE connector = $1 AND retry_at <= now() AND NOT {STALE} AND NOT {IN_FLIGHT}), \
                  EXISTS (SELECT FROM tidegate.held h WHERE connector = $1 AND {STALE}), \
-                 EXISTS (SELECT FROM tidegate.parked WHERE connector = $1 AND (command IS NOT NULL OR kind <> 'rejected'))"
+                 EXISTS (SELECT FROM tidegate.parked WHERE connector = $1 AND (command IS NOT NULL OR kind <> 'rejected' OR retry_at <= now()))"
         ))
         .await?;
     let row = client.query_one(&select, &[&connector]).await?;

@@ -45,8 +45,8 @@ pub struct Link {
     pub step: i32,
     /// `push_seq` at the last push.
     pub pushed_seq: i64,
-    /// Times in a row that the same link went back and forth.
-    pub flips: i32,
+    /// How it went back and forth, as `twoway::Turns` has it.
+    pub turns: Option<Value>,
     /// Rises with every write.
     pub generation: i64,
     /// Seconds since the last write, as read.
@@ -71,7 +71,7 @@ impl Link {
             owed: Vec::new(),
             step: 0,
             pushed_seq: 0,
-            flips: 0,
+            turns: None,
             generation: 0,
             quiet_s: f64::INFINITY,
             deleted: false,
@@ -201,7 +201,7 @@ impl Intent {
 }
 
 pub(super) const COLUMNS: &str = "system, object, local_key, table_name, external_json, base_doc, base_remote, remote_version, \
-     kept, intent, step, pushed_seq, flips, generation, deleted, extract(epoch FROM now() - updated_at)::float8, owed, sent";
+     kept, intent, step, pushed_seq, turns, generation, deleted, extract(epoch FROM now() - updated_at)::float8, owed, sent";
 
 pub(super) fn read(row: &Row) -> Result<Link, DatastoreError> {
     let intent: Option<Value> = row.get(9);
@@ -230,7 +230,7 @@ pub(super) fn read(row: &Row) -> Result<Link, DatastoreError> {
         owed: owed.unwrap_or_default(),
         step: row.get(10),
         pushed_seq: row.get(11),
-        flips: row.get(12),
+        turns: row.get(12),
         generation: row.get(13),
         deleted: row.get(14),
         quiet_s: row.get(15),
@@ -257,17 +257,28 @@ pub async fn lock_link<C: GenericClient>(transaction: &C, key: &LinkKey) -> Resu
 async fn lock_absent<C: GenericClient>(transaction: &C, key: &LinkKey) -> Result<(), DatastoreError> {
     let lock = transaction
         .prepare_cached(
-            "SELECT pg_advisory_xact_lock(hashtextextended($1::text || chr(1) || $2::text || chr(1) || $3::jsonb::text, 0))",
+            "SELECT pg_advisory_xact_lock(hashtextextended($1::text || chr(1) || $2::text, jsonb_hash_extended($3::jsonb, 0)))",
         )
         .await?;
     transaction.execute(&lock, &[&key.system, &key.object, &key.key]).await?;
     Ok(())
 }
 
+/// SQL for the `key_text` of a scalar: numbers are told apart by value, not by the zeros at their end.
+pub(super) fn key_text_of(scalar: &str) -> String {
+    format!(
+        "CASE jsonb_typeof({scalar}) WHEN 'number' THEN trim_scale(({scalar})::numeric)::text ELSE {scalar} #>> '{{}}' END"
+    )
+}
+
 /// The link as it is, unlocked. A key that is no object means the one column of the key.
 pub async fn find_link<C: GenericClient>(client: &C, key: &LinkKey) -> Result<Option<Link>, DatastoreError> {
     // A scalar key's column is not named; composite keys are asked for by name.
-    let by = if key.key.is_object() { "local_key = $3" } else { "key_text = $3::jsonb #>> '{}'" };
+    let by = if key.key.is_object() {
+        "local_key = $3".to_owned()
+    } else {
+        format!("key_text = {}", key_text_of("$3::jsonb"))
+    };
     let select = client
         .prepare_cached(&format!("SELECT {COLUMNS} FROM tidegate.links WHERE system = $1 AND object = $2 AND {by}"))
         .await?;
@@ -299,13 +310,13 @@ pub async fn save_link<C: GenericClient>(transaction: &C, link: &Link) -> Result
     let save = transaction
         .prepare_cached(
             "INSERT INTO tidegate.links AS l (system, object, local_key, table_name, external_id, external_json, \
-                 base_doc, base_remote, remote_version, kept, intent, step, pushed_seq, flips, deleted, owed, sent) \
+                 base_doc, base_remote, remote_version, kept, intent, step, pushed_seq, turns, deleted, owed, sent) \
              VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17) \
              ON CONFLICT (system, object, local_key) DO UPDATE SET table_name = excluded.table_name, \
                  external_id = excluded.external_id, external_json = excluded.external_json, \
                  base_doc = excluded.base_doc, base_remote = excluded.base_remote, \
                  remote_version = excluded.remote_version, kept = excluded.kept, intent = excluded.intent, \
-                 step = excluded.step, pushed_seq = excluded.pushed_seq, flips = excluded.flips, \
+                 step = excluded.step, pushed_seq = excluded.pushed_seq, turns = excluded.turns, \
                  deleted = excluded.deleted, owed = excluded.owed, sent = excluded.sent, generation = l.generation + 1, \
                  updated_at = now()",
         )
@@ -333,7 +344,7 @@ pub async fn save_link<C: GenericClient>(transaction: &C, link: &Link) -> Result
                 &intent,
                 &link.step,
                 &link.pushed_seq,
-                &link.flips,
+                &link.turns,
                 &link.deleted,
                 &(!link.owed.is_empty()).then(|| serde_json::json!(link.owed)),
                 &link.sent,

@@ -2,7 +2,8 @@
 //!
 //! A record is parked before its offset is committed (CORRECTNESS 17). The first of a key's queue says why; those
 //! behind it wait for their turn. People and the command line only set a command; the connector that owns the
-//! record's partition executes it.
+//! record's partition executes it. What the datastore may have mended meanwhile is tried again by itself: a dead letter
+//! when the link is there that it waited for, or when its row has changed ([`heal`]).
 
 use std::time::SystemTime;
 
@@ -12,6 +13,7 @@ use serde_json::Value;
 use tokio_postgres::Row;
 
 use super::DatastoreError;
+use super::links::key_text_of;
 use crate::event::Offset;
 use crate::log::ConsumedRecord;
 
@@ -66,6 +68,25 @@ pub struct NewParked {
     pub response: Option<Value>,
     /// Seconds from now until waiting becomes a dead letter.
     pub deadline_s: Option<f64>,
+    /// Rejected for what the row is now: a later change of it is tried in its place.
+    pub heals: bool,
+    /// Seconds from now until it is tried again by itself; doubled with each try, up to an hour.
+    pub retry_s: Option<f64>,
+}
+
+impl NewParked {
+    pub fn new(kind: ParkedKind, reason: impl Into<String>) -> Self {
+        NewParked {
+            kind,
+            waits_for: None,
+            reason: reason.into(),
+            request: None,
+            response: None,
+            deadline_s: None,
+            heals: false,
+            retry_s: None,
+        }
+    }
 }
 
 /// A parked record without its bytes.
@@ -92,7 +113,7 @@ pub struct Parked {
     pub summary: ParkedSummary,
     /// When waiting ends.
     pub deadline: Option<SystemTime>,
-    /// The link waited for is there.
+    /// The link waited for is there, or the row has changed since.
     pub satisfied: bool,
     /// As it was read from the log; headers included.
     pub record: ConsumedRecord,
@@ -101,13 +122,19 @@ pub struct Parked {
 const SUMMARY: &str = "p.connector, p.topic, p.partition, p.\"offset\", p.key, p.kind, p.waits_system, p.waits_object, \
      p.waits_key, p.reason, p.request, p.response, p.attempts, \
      to_char(p.parked_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), p.command";
-/// True when the link that `p` waits for has a counterpart. Two questions, so that each has its index.
-const SATISFIED: &str = "(p.waits_key IS NOT NULL AND EXISTS (SELECT FROM tidegate.links l WHERE l.system = p.waits_system \
-     AND l.object = p.waits_object AND l.external_id IS NOT NULL AND NOT l.deleted \
-     AND coalesce(l.intent->>'operation', 'update') IN ('update', 'delete') AND l.local_key = p.waits_key) \
-     OR p.waits_key IS NOT NULL AND jsonb_typeof(p.waits_key) <> 'object' AND EXISTS (SELECT FROM tidegate.links l \
-     WHERE l.system = p.waits_system AND l.object = p.waits_object AND l.external_id IS NOT NULL AND NOT l.deleted \
-     AND coalesce(l.intent->>'operation', 'update') IN ('update', 'delete') AND l.key_text = p.waits_key #>> '{}'))";
+
+/// True when the time has come that `p` was to be tried again at, or the link that it waits for has a counterpart: asked
+/// for by key and by the text of a key, so that each question has its index.
+fn satisfied() -> String {
+    let link = "EXISTS (SELECT FROM tidegate.links l WHERE l.system = p.waits_system AND l.object = p.waits_object \
+         AND l.external_id IS NOT NULL AND NOT l.deleted \
+         AND coalesce(l.intent->>'operation', 'update') IN ('update', 'delete')";
+    let text = key_text_of("p.waits_key");
+    format!(
+        "(coalesce(p.retry_at <= now(), false) OR p.waits_key IS NOT NULL AND {link} AND l.local_key = p.waits_key) \
+         OR p.waits_key IS NOT NULL AND jsonb_typeof(p.waits_key) <> 'object' AND {link} AND l.key_text = {text}))"
+    )
+}
 
 fn summary(row: &Row) -> ParkedSummary {
     let kind: String = row.get(5);
@@ -160,6 +187,8 @@ pub async fn park<C: GenericClient>(
 ) -> Result<(), DatastoreError> {
     let headers: Vec<Value> =
         record.headers.iter().map(|(name, value)| serde_json::json!([name.as_ref(), hex(value)])).collect();
+    // What an expression says of its failure is any text; the datastore's hold no NUL.
+    let reason = why.reason.replace('\0', "\u{fffd}");
     let (system, object, waits_key) = match &why.waits_for {
         Some((system, object, key)) => (Some(system), Some(object), Some(key)),
         None => (None, None, None),
@@ -167,13 +196,17 @@ pub async fn park<C: GenericClient>(
     let insert = transaction
         .prepare_cached(
             "INSERT INTO tidegate.parked AS p (connector, topic, \"partition\", \"offset\", key, kind, waits_system, \
-                 waits_object, waits_key, reason, request, response, deadline, record_key, record_value, headers) \
+                 waits_object, waits_key, reason, request, response, deadline, record_key, record_value, headers, \
+                 heals, retry_at) \
              VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, \
-                 now() + make_interval(secs => $13::float8), $14, $15, $16) \
+                 now() + make_interval(secs => $13::float8), $14, $15, $16, $17, \
+                 now() + make_interval(secs => $18::float8)) \
              ON CONFLICT (connector, topic, \"partition\", \"offset\", key) DO UPDATE SET kind = excluded.kind, \
                  waits_system = excluded.waits_system, waits_object = excluded.waits_object, \
                  waits_key = excluded.waits_key, reason = excluded.reason, request = excluded.request, \
-                 response = excluded.response, attempts = p.attempts + 1, command = NULL, \
+                 response = excluded.response, attempts = p.attempts + 1, command = NULL, heals = excluded.heals, \
+                 tried_at = now(), retry_at = now() + least((excluded.retry_at - now()) * power(2, least(p.attempts, 20)), \
+                     interval '1 hour'), \
                  deadline = CASE WHEN excluded.deadline IS NULL THEN NULL \
                      ELSE coalesce(p.deadline, excluded.deadline) END",
         )
@@ -191,13 +224,15 @@ pub async fn park<C: GenericClient>(
                 &system,
                 &object,
                 &waits_key,
-                &why.reason,
+                &reason,
                 &why.request,
                 &why.response,
                 &why.deadline_s,
                 &record.key.as_deref(),
                 &record.value.as_deref(),
                 &Value::Array(headers),
+                &why.heals,
+                &why.retry_s,
             ],
         )
         .await?;
@@ -221,6 +256,21 @@ pub async fn parked_places<C: GenericClient>(
     Ok(rows.iter().map(|row| (row.get(0), row.get(1), row.get(2))).collect())
 }
 
+/// A later record of the key was parked behind: the first of its queue is tried again, where a change of the row may
+/// mend it; soon, and after more tries in vain up to a minute after the last one.
+pub async fn heal<C: GenericClient>(transaction: &C, connector: &str, key: &Value) -> Result<(), DatastoreError> {
+    let update = transaction
+        .prepare_cached(
+            "UPDATE tidegate.parked p SET retry_at = greatest(now(), p.tried_at + least(interval '1 minute', \
+                 interval '1 second' * (power(2, least(p.attempts, 10) - 1) - 1))) \
+             WHERE p.connector = $1 AND p.key = $2 AND (p.kind = 'waiting' OR p.kind = 'rejected' AND p.heals) \
+               AND p.seq = (SELECT min(seq) FROM tidegate.parked WHERE connector = $1 AND key = $2 AND kind <> 'owing')",
+        )
+        .await?;
+    transaction.execute(&update, &[&connector, key]).await?;
+    Ok(())
+}
+
 /// Whose parked records a worker sees to.
 #[derive(Clone, Debug, Default)]
 pub struct Owned {
@@ -238,19 +288,21 @@ impl Owned {
     }
 }
 
-/// Heads of queues that may be tried now: told to, their link is there, their time is up, or nothing is before
-/// them any more. At most `limit` of what is `owned`, oldest first.
+/// Heads of queues that may be tried now: told to, their link is there, their row has changed, their time is up, or
+/// nothing is before them any more. At most `limit` of what is `owned`, oldest first.
 pub async fn parked_ready<C: GenericClient>(
     client: &C,
     connector: &str,
     owned: &Owned,
     limit: i64,
 ) -> Result<Vec<Parked>, DatastoreError> {
+    let satisfied = satisfied();
     let select = client
         .prepare_cached(&format!(
-            "SELECT {SUMMARY}, p.record_key, p.record_value, p.headers, p.deadline, {SATISFIED} \
+            "SELECT {SUMMARY}, p.record_key, p.record_value, p.headers, p.deadline, {satisfied} \
              FROM tidegate.parked p WHERE p.connector = $1 \
-               AND (p.command IS NOT NULL OR p.kind = 'behind' OR (p.kind IN ('waiting', 'owing') AND ({SATISFIED} OR p.deadline < now()))) \
+               AND (p.command IS NOT NULL OR p.kind = 'behind' OR {satisfied} \
+                    OR (p.kind IN ('waiting', 'owing') AND p.deadline < now())) \
                AND (p.command = 'drop' OR NOT EXISTS (SELECT FROM tidegate.parked b WHERE b.connector = p.connector \
                     AND b.key = p.key AND b.kind <> 'owing' AND b.seq <> p.seq AND (b.seq < p.seq OR p.kind = 'owing'))) \
                AND ((p.topic, p.\"partition\") IN (SELECT * FROM unnest($3::text[], $4::int[])) \
@@ -298,9 +350,10 @@ pub async fn parked_queue<C: GenericClient>(
 ) -> Result<Vec<Parked>, DatastoreError> {
     let select = client
         .prepare_cached(&format!(
-            "SELECT {SUMMARY}, p.record_key, p.record_value, p.headers, p.deadline, {SATISFIED} \
+            "SELECT {SUMMARY}, p.record_key, p.record_value, p.headers, p.deadline, {} \
              FROM tidegate.parked p WHERE p.connector = $1 AND p.key = $2 AND (p.kind = 'owing') = $4 \
-             ORDER BY p.seq LIMIT $3"
+             ORDER BY p.seq LIMIT $3",
+            satisfied()
         ))
         .await?;
     Ok(client.query(&select, &[&connector, key, &limit, &owing]).await?.iter().map(parked).collect())
@@ -375,8 +428,9 @@ pub async fn show_parked<C: GenericClient>(
     let rows = client
         .query(
             &format!(
-                "SELECT {SUMMARY}, p.record_key, p.record_value, p.headers, p.deadline, {SATISFIED} FROM tidegate.parked p \
-                 WHERE p.connector = $1 AND p.topic = $2 AND p.partition = $3 AND p.\"offset\" = $4 ORDER BY p.seq"
+                "SELECT {SUMMARY}, p.record_key, p.record_value, p.headers, p.deadline, {} FROM tidegate.parked p \
+                 WHERE p.connector = $1 AND p.topic = $2 AND p.partition = $3 AND p.\"offset\" = $4 ORDER BY p.seq",
+                satisfied()
             ),
             &[&connector, &topic, &partition, &offset],
         )

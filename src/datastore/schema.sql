@@ -4,9 +4,11 @@ CREATE TABLE tidegate.links (
     object         text NOT NULL,
     table_name     text NOT NULL,
     local_key      jsonb NOT NULL CHECK (jsonb_typeof(local_key) = 'object'),
-    -- The one value of a key of one column, as text: what link("object"; 7) asks by.
+    -- The one value of a key of one column, as text, numbers without zeros at their end: what link("object"; 7) asks by.
     key_text       text GENERATED ALWAYS AS (CASE WHEN jsonb_array_length(jsonb_path_query_array(local_key, '$.*')) = 1
-                       THEN jsonb_path_query_array(local_key, '$.*') ->> 0 END) STORED,
+                       THEN CASE jsonb_typeof(jsonb_path_query_array(local_key, '$.*') -> 0) WHEN 'number'
+                           THEN trim_scale((jsonb_path_query_array(local_key, '$.*') -> 0)::numeric)::text
+                           ELSE jsonb_path_query_array(local_key, '$.*') ->> 0 END END) STORED,
     external_id    text,
     external_json  json,
     base_doc       json,
@@ -19,7 +21,8 @@ CREATE TABLE tidegate.links (
     sent           json,
     step           int NOT NULL DEFAULT 0,
     pushed_seq     bigint NOT NULL DEFAULT 0,
-    flips          int NOT NULL DEFAULT 0,
+    -- How it went back and forth, as twoway::Turns has it.
+    turns          json,
     generation     bigint NOT NULL DEFAULT 1,
     deleted        boolean NOT NULL DEFAULT false,
     created_at     timestamptz NOT NULL DEFAULT now(),
@@ -45,6 +48,10 @@ CREATE TABLE tidegate.parked (
     attempts     int NOT NULL DEFAULT 1,
     parked_at    timestamptz NOT NULL DEFAULT now(),
     deadline     timestamptz,
+    -- Of a record that was rejected: whether it may be tried again when its row has changed.
+    heals        boolean NOT NULL DEFAULT false,
+    tried_at     timestamptz NOT NULL DEFAULT now(),
+    retry_at     timestamptz,
     command      text CHECK (command IN ('replay', 'drop')),
     record_key   bytea,
     record_value bytea,

@@ -18,7 +18,8 @@ pub fn pause(kind: FaultKind, attempt: u32) -> Duration {
     };
     let chance: f64 = rand::random();
     match after {
-        Some(after) => after + after.mul_f64(0.1 * chance),
+        // Even where it asks for none.
+        Some(after) => (after + after.mul_f64(0.1 * chance)).max(first.mul_f64(0.5 + 0.5 * chance)),
         None => {
             let doubled = first.saturating_mul(1 << attempt.saturating_sub(1).min(16)).min(LONGEST);
             doubled.mul_f64(0.5 + 0.5 * chance)
@@ -47,5 +48,7 @@ mod tests {
         let after = Duration::from_secs(7);
         let pause = pause(FaultKind::Unavailable { after: Some(after) }, 9);
         assert!(pause >= after && pause <= after.mul_f64(1.1));
+        let none = super::pause(FaultKind::Unavailable { after: Some(Duration::ZERO) }, 9);
+        assert!(none >= UNAVAILABLE_FIRST / 2 && none <= UNAVAILABLE_FIRST, "never at once: {none:?}");
     }
 }

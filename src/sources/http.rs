@@ -226,7 +226,7 @@ impl HttpSource {
         }
     }
 
-    /// Records whose time to be tried again has come, and dead letters that are to be replayed.
+    /// Records whose time to be tried again has come, and dead letters of which that is so or that are to be replayed.
     async fn again(&mut self) -> Result<Option<Batch<Page, ()>>, Fault> {
         if self.looked_at.is_some_and(|at| at.elapsed() < LOOK) {
             return Ok(None);
@@ -255,7 +255,9 @@ impl HttpSource {
             let key = parked.summary.key.clone();
             let record = parked.record.value.as_deref().and_then(|value| serde_json::from_slice::<Value>(value).ok());
             match (parked.summary.command, record) {
-                (Some(datastore::Command::Replay), Some(record)) => {
+                (Some(datastore::Command::Replay) | None, Some(record))
+                    if parked.summary.kind == datastore::ParkedKind::Rejected =>
+                {
                     let of = self.settings.incremental.as_ref().map(|known| known.of(&record, &Value::Null));
                     let (cursor, bad) = match of {
                         Some(Ok((cursor, _))) => (cursor, None),

@@ -109,13 +109,16 @@ pub enum Meaning {
     Credentials,
     /// This record is bad, or the system is: the probe knows.
     AskProbe,
+    /// What was asked for is not there; or the system is not, and something before it says so.
+    NotThere(Class),
 }
 
 pub fn meaning(status: u16, is_delete: bool) -> Meaning {
     match status {
         200..=299 => Meaning::Class(Class::Applied),
         // What is to be gone is gone.
-        404 | 410 if is_delete => Meaning::Class(Class::Applied),
+        404 | 410 if is_delete => Meaning::NotThere(Class::Applied),
+        404 | 410 => Meaning::NotThere(Class::Reject),
         401 | 407 => Meaning::Credentials,
         408 | 425 | 429 => Meaning::Busy,
         423 => Meaning::Class(Class::Retry),

@@ -1,5 +1,7 @@
 //! What came back, or did not, classed by what is to be done about it.
 
+use std::time::Duration;
+
 use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::time::Instant;
@@ -8,6 +10,9 @@ use super::classes::{Class, Meaning, meaning};
 use super::exchange::{Lost, NO_ANSWER};
 use super::system::System;
 use super::{Answer, HttpRequest, HttpResponse, headers};
+
+/// How old the probe's answer may be that a missing record is believed by.
+const JUST_NOW: Duration = Duration::from_secs(1);
 
 impl System {
     /// What an answer means, and whether an outage is certain.
@@ -50,6 +55,18 @@ impl System {
             Meaning::Credentials => {
                 let reason = format!("{}; check `auth` of system '{}'", self.reason(request, &response), self.name());
                 (Answer::Unavailable { after, reason, maybe_applied: false }, false)
+            }
+            Meaning::NotThere(class) if self.settings.probe.is_none() => (self.answer(class, request, response), false),
+            Meaning::NotThere(class) => {
+                // What changes nothing may be asked often: an answer of just now will do.
+                let since =
+                    if request.is_safe() { answered.checked_sub(JUST_NOW).unwrap_or(answered) } else { answered };
+                let probed = self.probe(since).await;
+                if probed.ok {
+                    return (self.answer(class, request, response), false);
+                }
+                let reason = format!("{}, and {}", self.reason(request, &response), probed.reason);
+                (Answer::Unavailable { after, reason, maybe_applied: false }, true)
             }
             Meaning::AskProbe if self.settings.probe.is_none() => (self.answer(Class::Retry, request, response), false),
             Meaning::AskProbe => {

@@ -15,6 +15,14 @@ pub fn same(a: &Value, b: &Value) -> bool {
     }
 }
 
+/// A number's text, the same for numbers that are [`same`].
+pub(super) fn plain(number: &Number) -> String {
+    match decimal(number) {
+        Some((negative, digits, power)) => format!("{}{digits}e{power}", if negative { "-" } else { "" }),
+        None => number.to_string(),
+    }
+}
+
 /// Sign, digits without zeros at either end, power of ten of the last digit.
 fn decimal(number: &Number) -> Option<(bool, String, i64)> {
     let text = number.to_string();

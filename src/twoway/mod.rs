@@ -14,7 +14,7 @@ mod send;
 mod sent;
 
 pub use equal::same;
-pub use flips::{Direction, MAX_FLIPS, next_flips};
+pub use flips::{Direction, MAX_RETURNS, Turns};
 pub use order::{moment, naive, order};
 pub use receive::{Conflict, Incoming, Owner, Policy, Write, what_to_write};
 pub use send::{Fields, Outgoing, Send, difference, what_to_send};

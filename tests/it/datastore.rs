@@ -110,6 +110,44 @@ async fn a_link_is_locked_before_it_exists_and_is_unique_both_ways() {
 }
 
 #[tokio::test]
+async fn a_numeric_key_is_asked_for_by_value_however_it_is_spelled() {
+    let server = Postgres::shared(Version::Distribution).await;
+    let database = server.database("spelled").await;
+    let datastore = open(&database).await;
+    let client = datastore.client().await.unwrap();
+    let spelled = |text: &str| serde_json::from_str::<Value>(text).unwrap();
+    let key = |text: &str| LinkKey { key: spelled(text), ..key(0) };
+    for (id, text) in
+        [(1, r#"{"id": 7.00}"#), (2, r#"{"id": 100}"#), (3, r#"{"id": "7.00"}"#), (4, r#"{"a": 7, "b": 7}"#)]
+    {
+        let mut link = Link::new(key(text), "public.customers");
+        link.external = Some(json!(id));
+        save_link(&client, &link).await.unwrap();
+    }
+    for (asked, found) in [
+        ("7", Some(1)),
+        ("7.0", Some(1)),
+        ("7.000", Some(1)),
+        (r#"{"id": 7.0}"#, Some(1)),
+        ("100.0", Some(2)),
+        ("1e2", Some(2)),
+        ("10", None),
+        ("7.001", None),
+        (r#""7.00""#, Some(3)),
+        (r#"{"a": 7.0, "b": 7}"#, Some(4)),
+    ] {
+        let link = find_link(&client, &key(asked)).await.unwrap();
+        assert_eq!(link.and_then(|link| link.external), found.map(|id| json!(id)), "{asked}");
+    }
+    // So is one that is waited for.
+    let waits_for = Some(("erp".to_owned(), "party".to_owned(), spelled("7.0")));
+    let waiting =
+        NewParked { waits_for, deadline_s: Some(60.0), ..NewParked::new(ParkedKind::Waiting, "no party yet") };
+    park(&client, "orders", &json!({"id": 1}), &record(0), &waiting).await.unwrap();
+    assert_eq!(parked_ready(&client, "orders", &Owned::all(), 10).await.unwrap().len(), 1);
+}
+
+#[tokio::test]
 async fn parked_records_keep_their_order_and_wake_when_the_link_is_there() {
     let server = Postgres::shared(Version::Distribution).await;
     let database = server.database("parked").await;
@@ -123,6 +161,8 @@ async fn parked_records_keep_their_order_and_wake_when_the_link_is_there() {
         request: None,
         response: Some(json!({"status": 400})),
         deadline_s: Some(3600.0),
+        heals: false,
+        retry_s: None,
     };
     let waits = Some(("erp".to_owned(), "party".to_owned(), json!(1)));
     park(&client, "orders", &sale, &record(0), &why(ParkedKind::Waiting, waits)).await.unwrap();

@@ -15,6 +15,8 @@ mod faults;
 mod first_run;
 mod folder;
 mod golden;
+mod half_up;
+mod healing;
 mod health;
 mod imports;
 mod kafka;

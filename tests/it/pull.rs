@@ -190,6 +190,34 @@ async fn a_parked_record_is_shown_copied_once_replayed_and_dropped() {
     becomes(&client, "SELECT string_agg(sku, ' ' ORDER BY sku) FROM parts", "S1 S2 S3 S4").await;
 }
 
+#[tokio::test]
+async fn what_the_table_refused_is_tried_again_by_itself_until_it_takes_it() {
+    let (database, client) = world("refused").await;
+    database
+        .execute("CREATE TABLE makers (id int PRIMARY KEY); ALTER TABLE parts ADD maker int REFERENCES makers (id)")
+        .await;
+    let mut record = part(1, "2026-01-01T00:00:00Z");
+    record["maker"] = json!(7);
+    let api = Api::start(vec![record]).await;
+    let stage = stage(&database, &api).await;
+    let running = stage.start(&pull("/all", "").replace("{ sku,", "{ maker, sku,"));
+    becomes(&client, "SELECT count(*)::text FROM tidegate.parked WHERE reason LIKE '%parts_maker_fkey%'", "1").await;
+    let wait = "SELECT (attempts, round(extract(epoch FROM retry_at - tried_at)))::text FROM tidegate.parked";
+    assert_eq!(text(&client, wait).await, "(1,60)");
+    let due = "UPDATE tidegate.parked SET retry_at = now()";
+    client.batch_execute(due).await.unwrap();
+    becomes(&client, wait, "(2,120)").await;
+    client.batch_execute("UPDATE tidegate.parked SET attempts = 30").await.unwrap();
+    client.batch_execute(due).await.unwrap();
+    becomes(&client, wait, "(31,3600)").await;
+    // What it refers to has come.
+    client.batch_execute("INSERT INTO makers VALUES (7)").await.unwrap();
+    client.batch_execute(due).await.unwrap();
+    becomes(&client, "SELECT string_agg(sku || maker, ' ') FROM parts", "S17").await;
+    becomes(&client, "SELECT count(*)::text FROM tidegate.parked", "0").await;
+    running.stop().await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_pull_writes_is_captured_with_its_system_as_origin() {
     let (database, client) = world("pull_origin").await;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use serde_json::{Map, Value, json};
 use tokio_postgres::error::SqlState;
@@ -18,9 +18,11 @@ use crate::datastore::{
 use crate::event::Offset;
 use crate::log::ConsumedRecord;
 use crate::mapping::Scope;
-use crate::twoway::{
-    Conflict, Direction, Incoming, MAX_FLIPS, Sent, Write, moment, next_flips, order, same, what_to_write,
-};
+use crate::twoway::{Conflict, Direction, Incoming, Sent, Turns, Write, moment, order, same, what_to_write};
+
+/// When a record that the table has refused is tried again by itself for the first time; then after twice as long each
+/// time, up to an hour.
+const REFUSED_AGAIN: Duration = Duration::from_secs(60);
 
 /// Where a record's row was found.
 struct Target {
@@ -218,7 +220,7 @@ impl Inside {
             row_time: newest.and_then(|newest| row.get(&newest.column).cloned()).and_then(time),
         };
         match what_to_write(&side, &self.settings.policy) {
-            Write::Row { columns, .. } if !columns.is_empty() && flips(target.link.as_deref()) > MAX_FLIPS => {
+            Write::Row { columns, .. } if !columns.is_empty() && turns(target.link.as_deref(), &columns).is_fight() => {
                 let names: Vec<_> = columns.keys().map(String::as_str).collect();
                 Verdict::hold(format!(
                     "both sides undo each other's changes of {}; hint: look at triggers and maps",
@@ -272,7 +274,7 @@ impl Inside {
                 self.replayed(transaction, &mapped).await?;
                 Ok(Done::Held)
             }
-            Verdict::Reject(why) => self.park(transaction, &mapped, why, None).await,
+            Verdict::Reject(why) => self.park(transaction, &mapped, NewParked::new(ParkedKind::Rejected, why)).await,
             Verdict::Insert { values } => {
                 transaction.batch_execute("SAVEPOINT record").await?;
                 if let Err(error) = self.insert_linked(transaction, table, &mapped, &values).await {
@@ -367,7 +369,7 @@ impl Inside {
         self.remember(&mut link, mapped);
         link.sent = sent;
         if !set.is_empty() {
-            link.flips = flips(Some(&link));
+            link.turns = Some(turns(Some(&link), set).to_value());
         }
         if before.as_deref() != Some(&link) {
             save_link(transaction, &link).await?;
@@ -450,32 +452,28 @@ impl Inside {
             RowError::Stopped(stopped) => return Err(stopped),
         };
         transaction.batch_execute("ROLLBACK TO SAVEPOINT record; RELEASE SAVEPOINT record").await?;
-        self.park(transaction, mapped, why, Some(request)).await
+        // The table, or what it refers to, may take it later.
+        let retry_s = Some(REFUSED_AGAIN.as_secs_f64());
+        let parked = NewParked { request: Some(request), retry_s, ..NewParked::new(ParkedKind::Rejected, why) };
+        self.park(transaction, mapped, parked).await
     }
 
-    async fn park(
-        &self,
-        transaction: &Transaction<'_>,
-        mapped: &Mapped,
-        why: String,
-        request: Option<Value>,
-    ) -> Result<Done, Stopped> {
-        // What an expression says of its failure is any text; the datastore's hold no NUL.
-        let why = why.replace('\0', "\u{fffd}");
-        tracing::warn!(connector = self.connector, id = %mapped.id, reason = why, "a record is parked");
-        let parked = NewParked {
-            kind: ParkedKind::Rejected,
-            waits_for: None,
-            reason: why.clone(),
-            request,
-            response: None,
-            deadline_s: None,
-        };
-        if let Some(dead_letters) = &self.dead_letters {
-            dead_letters.copy(&self.letter(mapped), &why).await.map_err(Stopped::Fault)?;
+    async fn park(&self, transaction: &Transaction<'_>, mapped: &Mapped, parked: NewParked) -> Result<Done, Stopped> {
+        let (key, letter, why) = (parked_key(&mapped.id), self.letter(mapped), &parked.reason);
+        let of = mapped.letter.as_deref();
+        let again = of.is_some_and(|(of, record)| *of == key && record.offset == letter.offset);
+        if again {
+            tracing::debug!(connector = self.connector, id = %mapped.id, reason = why, "a record stays parked");
+        } else {
+            tracing::warn!(connector = self.connector, id = %mapped.id, reason = why, "a record is parked");
         }
-        self.replayed(transaction, mapped).await?;
-        park(transaction, &self.connector, &parked_key(&mapped.id), &self.letter(mapped), &parked).await?;
+        if !again && let Some(dead_letters) = &self.dead_letters {
+            dead_letters.copy(&letter, why).await.map_err(Stopped::Fault)?;
+        }
+        if !again {
+            self.replayed(transaction, mapped).await?;
+        }
+        park(transaction, &self.connector, &key, &letter, &parked).await?;
         drop_held(transaction, &self.connector, &self.object, &mapped.id).await?;
         Ok(Done::Parked)
     }
@@ -496,9 +494,10 @@ impl Inside {
     }
 }
 
-/// The link's count of changes of direction, after one more write by a pull.
-fn flips(link: Option<&Link>) -> i32 {
-    link.map_or(1, |link| next_flips(link.flips, Direction::Pull, link.quiet_s))
+/// How the link goes back and forth, after one more write by a pull.
+fn turns(link: Option<&Link>, columns: &Map<String, Value>) -> Turns {
+    let (kept, quiet_s) = link.map_or((None, f64::INFINITY), |link| (link.turns.as_ref(), link.quiet_s));
+    Turns::of(kept).after(Direction::Pull, &Value::Object(columns.clone()), quiet_s)
 }
 
 /// `{"id": …}`, or what stands for the id of a record that has none.

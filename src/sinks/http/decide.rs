@@ -17,7 +17,7 @@ use crate::event::Change;
 use crate::mapping::{Links, Owed, Program, Scope};
 use crate::pipeline::Fault;
 use crate::systems::{HttpRequest, RequestTemplate};
-use crate::twoway::{Direction, Fields, MAX_FLIPS, Outgoing, Send, difference, next_flips, what_to_send};
+use crate::twoway::{Direction, Fields, MAX_RETURNS, Outgoing, Send, Turns, difference, what_to_send};
 
 /// Between looks at an intent that another worker has open.
 const BUSY: Duration = Duration::from_millis(500);
@@ -122,7 +122,7 @@ impl Delivery {
         let document = match self.shape.read(&transaction, &work.table, &work.key).await {
             Ok(document) => document,
             Err(error) if error.kind == DatastoreErrorKind::Rejected => {
-                return Ok(Next::rejected(Rejection::because(error.message)));
+                return Ok(Next::rejected(Rejection::of_row(error.message)));
             }
             Err(error) => return Err(error.into()),
         };
@@ -219,22 +219,23 @@ impl Delivery {
             Send::Finish(step) => (Doing::Create(step), None),
             Send::Update(changed) => match &settings.update {
                 Update::Request(_) => {
-                    link.flips = next_flips(link.flips, Direction::Push, link.quiet_s);
-                    if link.flips > MAX_FLIPS {
+                    let turns = Turns::of(link.turns.as_ref()).after(Direction::Push, &changed, link.quiet_s);
+                    link.turns = Some(turns.to_value());
+                    if turns.is_fight() {
                         // A replay starts to count anew.
-                        link.flips = 0;
+                        link.turns = None;
                         save_link(&transaction, &link).await?;
                         transaction.commit().await.map_err(db)?;
                         return Ok(Next::rejected(Rejection::because(format!(
-                            "row and record have changed each other more than {MAX_FLIPS} times without a pause; hint: a \
-                             trigger or a rule of the system undoes what is sent"
+                            "row and record have changed each other again and again without a pause, more than \
+                             {MAX_RETURNS} times to what they were before; hint: a trigger or a rule of the system undoes \
+                             what is sent"
                         ))));
                     }
                     (Doing::Update, Some(changed))
                 }
                 Update::Reject => {
-                    let mut rejection =
-                        Rejection::because("the row has changed, and `update: reject` sends no changes");
+                    let mut rejection = Rejection::of_row("the row has changed, and `update: reject` sends no changes");
                     rejection.request = Some(json!({ "changed": changed }));
                     return Ok(Next::rejected(rejection));
                 }
@@ -426,6 +427,6 @@ fn not_mapped(unmapped: Unmapped) -> Next {
 pub(super) fn not_mapped_outcome(unmapped: Unmapped) -> Outcome {
     match unmapped {
         Unmapped::Waits(wanted) => Outcome::Waiting(wanted),
-        Unmapped::Failed(reason) => Outcome::Rejected(Rejection::because(reason)),
+        Unmapped::Failed(reason) => Outcome::Rejected(Rejection::of_row(reason)),
     }
 }

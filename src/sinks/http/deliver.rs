@@ -25,6 +25,7 @@ use crate::mapping::Owed;
 use crate::pipeline::{ConnectorContext, Counts, Fault, FaultKind, Status};
 use crate::registry::EventDecoder;
 use crate::sources::log::Revoked;
+use crate::systems::Answer;
 
 /// Pauses between tries of one record.
 const FIRST_PAUSE: Duration = Duration::from_millis(300);
@@ -70,10 +71,26 @@ pub(super) struct Attempt {
     pub was_owing: bool,
     /// A request was applied.
     pub sent: bool,
+    /// Tries that a busy system put off: they are not counted, but their pauses grow.
+    pub busy: u32,
+    /// It was refused with a status of 500 or more.
+    pub(super) refused: bool,
     pub(super) started: Option<Instant>,
 }
 
 impl Attempt {
+    /// A status of 500 or more is the record's own only if it comes twice: the first time the system may have been
+    /// half up, and its probe well a moment later.
+    pub fn weigh(&mut self, answer: Answer) -> Answer {
+        match answer {
+            Answer::Rejected { response, reason } if response.status >= 500 && !self.refused => {
+                self.refused = true;
+                Answer::Retry { after: None, response: Some(response), reason }
+            }
+            other => other,
+        }
+    }
+
     /// The request in doubt was applied: what comes next has its own tries.
     pub fn is_settled(&mut self) {
         self.doubtful = None;
@@ -219,8 +236,32 @@ impl Delivery {
     }
 }
 
+/// What was asked for, if it is longer than the pause of so many tries: a system that asks for none is not to be asked
+/// without one.
+pub(super) fn pause_after(after: Option<Duration>, tries: u32) -> Duration {
+    after.unwrap_or_default().max(pause_of(tries))
+}
+
 /// Doubling, capped, half of it by chance.
 pub(super) fn pause_of(tries: u32) -> Duration {
     let longest = FIRST_PAUSE.saturating_mul(1 << tries.saturating_sub(1).min(10)).min(LONGEST_PAUSE);
     longest.mul_f64(rand::rng().random_range(0.5..1.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_to_a_cap_differ_and_are_never_shorter_than_asked_for() {
+        for tries in 1..100u32 {
+            let longest = FIRST_PAUSE.saturating_mul(1 << (tries.min(11) - 1)).min(LONGEST_PAUSE);
+            for pause in [pause_of(tries), pause_after(None, tries), pause_after(Some(Duration::ZERO), tries)] {
+                assert!(pause >= longest / 2 && pause <= longest, "{tries}: {pause:?}");
+            }
+        }
+        assert!(pause_of(u32::MAX) <= LONGEST_PAUSE && pause_of(u32::MAX) >= LONGEST_PAUSE / 2);
+        assert!((0..20).map(|_| pause_of(9)).collect::<std::collections::BTreeSet<_>>().len() > 1);
+        assert_eq!(pause_after(Some(Duration::from_secs(90)), 20), Duration::from_secs(90));
+    }
 }

@@ -23,11 +23,26 @@ pub struct Rejection {
     pub reason: String,
     pub request: Option<Value>,
     pub response: Option<Value>,
+    /// The link waited for in vain: system, object, key.
+    pub waits_for: Option<(String, String, Value)>,
+    /// It is for what the row is now, and nothing was applied or can be doubled: when the row changes, it is tried again.
+    pub heals: bool,
 }
 
 impl Rejection {
+    /// One that only a person can mend.
     pub fn because(reason: impl Into<String>) -> Self {
-        Rejection { reason: reason.into(), request: None, response: None }
+        Rejection { reason: reason.into(), request: None, response: None, waits_for: None, heals: false }
+    }
+
+    /// One that a change of the row may mend.
+    pub fn of_row(reason: impl Into<String>) -> Self {
+        Rejection { heals: true, ..Rejection::because(reason) }
+    }
+
+    pub fn healing(mut self, heals: bool) -> Self {
+        self.heals = heals;
+        self
     }
 
     pub fn of(mut self, request: &HttpRequest) -> Self {

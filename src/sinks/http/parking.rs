@@ -1,12 +1,13 @@
 //! Records set aside in the datastore, and taken out again (CORRECTNESS 17): before the offset is committed, and in
-//! order per key.
+//! order per key. A dead letter stands for a row that could not be sent as it was: where the row is read anew, its next
+//! change is tried in the letter's place, and what it stood for never goes out (CORRECTNESS 13).
 
 use serde_json::Value;
 
 use super::deliver::{Attempt, Delivery, db};
 use super::outcome::{Outcome, Rejection};
 use super::work::{Event, KeyWork};
-use crate::datastore::{Client, NewParked, ParkedKind, owe, park, parked_places, unpark};
+use crate::datastore::{Client, NewParked, ParkedKind, heal, owe, park, parked_places, unpark};
 use crate::log::ConsumedRecord;
 use crate::mapping::{Owed, Wanted};
 use crate::pipeline::{Counts, Fault};
@@ -20,13 +21,18 @@ impl Delivery {
             return Ok(false);
         }
         let transaction = client.transaction().await.map_err(db)?;
+        let mut news = false;
         for Event { record, .. } in &work.events {
             let there = |(topic, partition, offset): &(String, i32, i64)| {
                 **topic == *record.topic && *partition == record.partition && *offset == record.offset.0
             };
             if !places.iter().any(there) {
                 park(&transaction, &self.connector, &work.key, record, &behind()).await?;
+                news = true;
             }
+        }
+        if news && !self.sends_changes() {
+            heal(&transaction, &self.connector, &work.key).await?;
         }
         transaction.commit().await.map_err(db)?;
         Ok(true)
@@ -104,12 +110,12 @@ impl Delivery {
 
     fn owing(&self, (object, key): &Owed) -> NewParked {
         NewParked {
-            kind: ParkedKind::Owing,
             waits_for: Some((self.settings.system.name().to_owned(), object.clone(), key.clone())),
-            reason: format!("was sent without the link of {object} {key}, and is sent again when that is there"),
-            request: None,
-            response: None,
             deadline_s: Some(self.settings.link_timeout.as_secs_f64()),
+            ..NewParked::new(
+                ParkedKind::Owing,
+                format!("was sent without the link of {object} {key}, and is sent again when that is there"),
+            )
         }
     }
 
@@ -122,12 +128,9 @@ impl Delivery {
             Wanted::Local { .. } => None,
         };
         NewParked {
-            kind: ParkedKind::Waiting,
             waits_for,
-            reason,
-            request: None,
-            response: None,
             deadline_s: Some(self.settings.link_timeout.as_secs_f64()),
+            ..NewParked::new(ParkedKind::Waiting, reason)
         }
     }
 
@@ -137,38 +140,20 @@ impl Delivery {
         client: &Client,
         key: &Value,
         record: &ConsumedRecord,
-        rejection: &Rejection,
+        rejection: Rejection,
     ) -> Result<(), Fault> {
         tracing::warn!(connector = self.connector, %key, reason = rejection.reason, "a record was rejected");
         self.dead_letters.copy(record, &rejection.reason).await?;
-        let why = rejected(Rejection {
-            reason: rejection.reason.clone(),
-            request: rejection.request.clone(),
-            response: rejection.response.clone(),
-        });
-        park(client, &self.connector, key, record, &why).await?;
+        park(client, &self.connector, key, record, &rejected(rejection)).await?;
         Ok(())
     }
 }
 
 fn rejected(rejection: Rejection) -> NewParked {
-    NewParked {
-        kind: ParkedKind::Rejected,
-        waits_for: None,
-        reason: rejection.reason,
-        request: rejection.request,
-        response: rejection.response,
-        deadline_s: None,
-    }
+    let Rejection { reason, request, response, waits_for, heals } = rejection;
+    NewParked { request, response, waits_for, heals, ..NewParked::new(ParkedKind::Rejected, reason) }
 }
 
 fn behind() -> NewParked {
-    NewParked {
-        kind: ParkedKind::Behind,
-        waits_for: None,
-        reason: "stands behind an earlier record of its key".into(),
-        request: None,
-        response: None,
-        deadline_s: None,
-    }
+    NewParked::new(ParkedKind::Behind, "stands behind an earlier record of its key")
 }

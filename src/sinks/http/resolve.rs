@@ -44,14 +44,14 @@ impl Delivery {
             Ok(request) => request.purpose("match"),
             Err(Unmapped::Waits(wanted)) => return Ok(Found::Not(Next::Done(Outcome::Waiting(wanted)))),
             Err(Unmapped::Failed(reason)) => {
-                return Ok(Found::Not(Next::rejected(Rejection::because(format!("`match`: {reason}")))));
+                return Ok(Found::Not(Next::rejected(Rejection::of_row(format!("`match`: {reason}")))));
             }
         };
-        let response = match self.settings.system.send(&request).await {
+        let response = match attempt.weigh(self.settings.system.send(&request).await) {
             Answer::Applied(response) => response,
             Answer::Rejected { response, .. } if matches!(response.status, 404 | 410) => return Ok(Found::Nothing),
             Answer::Rejected { response, reason } => {
-                let rejection = Rejection::because(format!("`match` was refused: {reason}"));
+                let rejection = Rejection::of_row(format!("`match` was refused: {reason}"));
                 return Ok(Found::Not(Next::rejected(
                     rejection.of(&request).answered(self.settings.system.shown(&response)),
                 )));
@@ -63,7 +63,7 @@ impl Delivery {
             Answer::Uncertain { reason } => return Err(Fault::retry(reason)),
         };
         let failed = |reason: String| {
-            let rejection = Rejection::because(format!("`match`: {reason}"))
+            let rejection = Rejection::of_row(format!("`match`: {reason}"))
                 .of(&request)
                 .answered(self.settings.system.shown(&response));
             Ok(Found::Not(Next::rejected(rejection)))
@@ -228,13 +228,13 @@ impl Delivery {
             Ok(request) => request.purpose("done"),
             Err(Unmapped::Waits(wanted)) => return Ok(Next::Done(Outcome::Waiting(wanted))),
             Err(Unmapped::Failed(reason)) => {
-                return Ok(Next::rejected(Rejection::because(format!("`done`: {reason}"))));
+                return Ok(Next::rejected(Rejection::of_row(format!("`done`: {reason}"))));
             }
         };
-        let response = match self.settings.system.send(&request).await {
+        let response = match attempt.weigh(self.settings.system.send(&request).await) {
             Answer::Applied(response) => response,
             Answer::Rejected { response, reason } => {
-                let rejection = Rejection::because(format!("`done` was refused: {reason}"));
+                let rejection = Rejection::of_row(format!("`done` was refused: {reason}"));
                 return Ok(Next::rejected(rejection.of(&request).answered(self.settings.system.shown(&response))));
             }
             Answer::Retry { after, response, reason } => {
@@ -256,7 +256,7 @@ impl Delivery {
                 self.step_is_done(key, intent).await
             }
             Err(error) => {
-                let rejection = Rejection::because(format!("`done`: {error}"));
+                let rejection = Rejection::of_row(format!("`done`: {error}"));
                 Ok(Next::rejected(rejection.of(&request).answered(self.settings.system.shown(&response))))
             }
         }
@@ -331,7 +331,7 @@ impl Delivery {
                 delete_link(transaction, &other.key).await?;
                 Ok(None)
             }
-            Some(other) => Ok(Some(Rejection::because(format!(
+            Some(other) => Ok(Some(Rejection::of_row(format!(
                 "`match` finds {} {id}, which is linked to row {} already; hint: two rows answer to the same question",
                 key.object, other.key.key
             )))),
@@ -347,7 +347,7 @@ fn same_again(intent: &Intent, attempt: &mut Attempt) -> Next {
 
 fn several(ids: &[Value]) -> Rejection {
     let shown: Vec<_> = ids.iter().take(10).map(ToString::to_string).collect();
-    Rejection::because(format!(
+    Rejection::of_row(format!(
         "`match` finds {} records ({}); hint: join them in the system, or ask more narrowly, then replay",
         ids.len(),
         shown.join(", ")

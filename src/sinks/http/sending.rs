@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::answered::Applied;
 use super::decide::{Doing, Job};
-use super::deliver::{Attempt, Delivery, db, pause_of};
+use super::deliver::{Attempt, Delivery, db, pause_after};
 use super::outcome::{Next, Outcome, Rejection};
 use super::work::KeyWork;
 use crate::datastore::{LinkKey, save_link};
@@ -39,6 +39,11 @@ impl Delivery {
             };
             let answer = self.settings.system.send_if(&job.request, &ready).await;
             let took = left.get().map_or(Duration::ZERO, Instant::elapsed);
+            // Where nobody knows what became of it, it is not sent again to see.
+            let blind = job.operation == Doing::Create(0)
+                && self.settings.matching.is_none()
+                && !self.is_idempotent(job.operation);
+            let answer = if blind { answer } else { attempt.weigh(answer) };
             match answer {
                 Answer::Applied(response) => match self.applied(&key, &job, Some(&response)).await? {
                     Ok(Applied::Step(next)) => job = *next,
@@ -52,8 +57,10 @@ impl Delivery {
                     }
                     Ok(Applied::All) => return Ok(Next::Done(Outcome::Applied)),
                     Err(rejection) => {
+                        // The system took it: it may be sent again only where it would be found.
+                        let found = job.operation != Doing::Create(0) || self.settings.matching.is_some();
                         let rejection = rejection.of(&job.request).answered(self.settings.system.shown(&response));
-                        return Ok(Next::rejected(rejection));
+                        return Ok(Next::rejected(rejection.healing(found)));
                     }
                 },
                 // It is gone already, which is what was asked for.
@@ -69,19 +76,21 @@ impl Delivery {
                     let rejection =
                         Rejection::because(reason).of(&job.request).answered(self.settings.system.shown(&response));
                     self.set_ended(&key, &job.intent.id, took).await;
-                    attempt.doubtful = Some(rejection);
+                    attempt.doubtful = Some(rejection.healing(self.settings.matching.is_some()));
                     attempt.given_up = true;
                     return Ok(Next::Again(Duration::ZERO));
                 }
                 Answer::Rejected { response, mut reason } => {
                     self.close_intent(&key, &job.intent.id).await?;
+                    let mut heals = !blind || !matches!(response.status, 300..400 | 500..);
                     if attempt.sent_again.as_ref() == Some(&job.intent.request) {
+                        heals = false;
                         reason += "; an earlier try had no answer and may have gone through; hint: give the step a `done` \
                                    that asks the system";
                     }
                     let rejection =
                         Rejection::because(reason).of(&job.request).answered(self.settings.system.shown(&response));
-                    return Ok(Next::rejected(rejection));
+                    return Ok(Next::rejected(rejection.healing(heals)));
                 }
                 // The system may have made it and failed after: as with no answer, it is looked up before it is made
                 // again. The intent stays open for that.
@@ -90,8 +99,9 @@ impl Delivery {
                 {
                     let mut doubtful = Rejection::because(reason.as_str())
                         .of(&job.request)
-                        .answered(self.settings.system.shown(&response));
-                    if self.settings.matching.is_none() && !self.is_idempotent(job.operation) {
+                        .answered(self.settings.system.shown(&response))
+                        .healing(self.settings.matching.is_some());
+                    if blind {
                         self.close_intent(&key, &job.intent.id).await?;
                         doubtful.reason += "; without `match` or an idempotency key nobody knows whether it was applied; \
                                             hint: look in the system: drop this record if it is there, replay it if it \
@@ -198,15 +208,16 @@ impl Delivery {
             if spent > self.settings.retry_for {
                 return Err(Fault::unavailable(reason, after));
             }
-            return Ok(Next::Again(after.unwrap_or_else(|| pause_of(1))));
+            attempt.busy += 1;
+            return Ok(Next::Again(pause_after(after, attempt.busy)));
         };
         attempt.tries += 1;
         if attempt.tries > self.settings.retries || spent > self.settings.retry_for {
             let reason = format!("{reason} (tried {} times)", attempt.tries);
             return Ok(Next::rejected(
-                Rejection::because(reason).of(request).answered(self.settings.system.shown(&response)),
+                Rejection::of_row(reason).of(request).answered(self.settings.system.shown(&response)),
             ));
         }
-        Ok(Next::Again(after.unwrap_or_else(|| pause_of(attempt.tries))))
+        Ok(Next::Again(pause_after(after, attempt.tries)))
     }
 }

@@ -85,7 +85,7 @@ impl Delivery {
                     }
                     Ok(keys) => keys.into_iter().map(|(table, key)| (table, key, change.clone())).collect::<Vec<_>>(),
                     Err(rejection) => {
-                        self.refuse(&client, record, &rejection).await?;
+                        self.refuse(&client, record, rejection).await?;
                         counts.rejected += 1;
                         continue;
                     }
@@ -95,7 +95,7 @@ impl Delivery {
                     continue;
                 }
                 Err(rejection) => {
-                    self.refuse(&client, record, &rejection).await?;
+                    self.refuse(&client, record, rejection).await?;
                     counts.rejected += 1;
                     continue;
                 }
@@ -133,7 +133,8 @@ impl Delivery {
                     reason += "; hint: of rows that wait for each other, one can go first without the other's link, which \
                                `link_later(…)` leaves out until it is there";
                 }
-                self.set_rejected(&client, key, &head.record, &Rejection::because(reason)).await?;
+                let rejection = Rejection { waits_for: waits_for(&head), ..Rejection::of_row(reason) };
+                self.set_rejected(&client, key, &head.record, rejection).await?;
                 counts.rejected += 1;
                 continue;
             }
@@ -145,7 +146,7 @@ impl Delivery {
                         let keys = match self.keys(&client, &change).await? {
                             Ok(keys) => keys,
                             Err(rejection) => {
-                                self.set_rejected(&client, key, &parked.record, &rejection).await?;
+                                self.set_rejected(&client, key, &parked.record, rejection).await?;
                                 break;
                             }
                         };
@@ -163,7 +164,7 @@ impl Delivery {
                     }
                     Ok(None) => unpark(&client, &self.connector, key, &parked.record).await?,
                     Err(rejection) => {
-                        self.set_rejected(&client, key, &parked.record, &rejection).await?;
+                        self.set_rejected(&client, key, &parked.record, rejection).await?;
                         break;
                     }
                 }
@@ -211,11 +212,17 @@ impl Delivery {
     }
 
     /// Sets a record aside that belongs to no key.
-    async fn refuse(&self, client: &Client, record: ConsumedRecord, rejection: &Rejection) -> Result<(), Fault> {
+    async fn refuse(&self, client: &Client, record: ConsumedRecord, rejection: Rejection) -> Result<(), Fault> {
         let key = json!({ "record": format!("{}-{}@{}", record.topic, record.partition, record.offset) });
         if parked_places(client, &self.connector, &key).await?.is_empty() {
             self.set_rejected(client, &key, &record, rejection).await?;
         }
         Ok(())
     }
+}
+
+/// Should the link come after all, the record goes on.
+fn waits_for(parked: &Parked) -> Option<(String, String, Value)> {
+    let waits_for = parked.summary.waits_for.as_ref()?;
+    Some((waits_for["system"].as_str()?.to_owned(), waits_for["object"].as_str()?.to_owned(), waits_for["key"].clone()))
 }

@@ -283,11 +283,11 @@ async fn capture(sql: tokio_postgres::Client, log: Arc<dyn Log>) {
             continue;
         }
         let mut batch = RecordBatch::new();
-        let mut last = 0;
+        let mut seen = Vec::new();
         for found in &rows {
             let (seq, op, table): (i64, String, String) = (found.get(0), found.get(1), found.get(2));
             let (old, new): (Option<Value>, Option<Value>) = (found.get(3), found.get(4));
-            last = seq;
+            seen.push(seq);
             let topic: Arc<str> = format!("shop.public.{table}").into();
             let id = |row: &Option<Value>| row.as_ref().and_then(|row| row["id"].as_i64());
             let key = |id: i64| {
@@ -316,7 +316,8 @@ async fn capture(sql: tokio_postgres::Client, log: Arc<dyn Log>) {
             }
         }
         writer.append(batch, None).await.unwrap().await.unwrap();
-        if sql.execute("DELETE FROM capture.events WHERE seq <= $1", &[&last]).await.is_err() {
+        // Another transaction may have taken an earlier number and committed since.
+        if sql.execute("DELETE FROM capture.events WHERE seq = ANY($1)", &[&seen]).await.is_err() {
             return;
         }
     }
