@@ -13,7 +13,8 @@ use crate::worker::{self, Access, Resources, WorkerSettings, World, load};
 
 /// List, show, replay or drop records that a system rejected
 ///
-/// They are kept in the datastore, with the request and the answer; later records of the same key wait behind them.
+/// They are kept in the datastore, with the request and the answer; later records of the same key wait behind them. When
+/// the row changes, it is tried again by itself.
 /// A replay or a drop is carried out by the running connector.
 #[derive(Args)]
 #[command(after_help = "\
