@@ -30,7 +30,7 @@ async fn a_dead_letter_is_tried_again_in_its_place_when_its_row_changes() {
     let sink = shop.sink(
         "parts",
         &system,
-        &NAMED.replace("else {", "elif .after.city == \"nowhere\" then error(\"no city\") else {"),
+        &NAMED.replace("else {", r#"elif .after.city == "nowhere" then error("no city") elif .after.city == "zero" then error("zero \u0000") else {"#),
     );
     shop.sql("INSERT INTO customers (id, name) VALUES (1, NULL), (2, 'b')").await;
     settled(&shop, "parts").await;
@@ -57,6 +57,12 @@ async fn a_dead_letter_is_tried_again_in_its_place_when_its_row_changes() {
     shop.sql("UPDATE customers SET city = 'Kiel' WHERE id = 2").await;
     eventually(LONG, "no dead letter", async || shop.parked().await.is_empty()).await;
     assert_eq!(item(&api, "b")["city"], "Kiel");
+    // What is said of a failure is any text.
+    shop.sql("INSERT INTO customers (id, name, city) VALUES (4, 'd', 'zero')").await;
+    let parked = eventually(LONG, "refused", async || shop.parked().await.pop()).await;
+    assert!(parked.reason.contains("zero \u{fffd}"), "{}", parked.reason);
+    shop.sql("DELETE FROM customers WHERE id = 4").await;
+    eventually(LONG, "no dead letter", async || shop.parked().await.is_empty()).await;
     // A row that is gone has nothing to be mended.
     shop.sql("INSERT INTO customers (id, name) VALUES (3, NULL)").await;
     eventually(LONG, "refused", async || shop.parked().await.len() == 1).await;
