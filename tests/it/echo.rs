@@ -176,3 +176,83 @@ async fn what_is_put_back_in_the_erp_before_the_next_pull_comes_back() {
         sink.stop().await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn fast_edits_in_turn_are_no_fight_and_rules_that_undo_each_other_are_one() {
+    let (api, proxy, system) = crate::references::behind_proxy("").await;
+    let shop = Shop::start("turns").await;
+    let down = r#"
+name: down
+type: http-sink
+system: api
+object: part
+topics: shop.public.customers
+settle: 200ms
+map: '{ name: .after.name }'
+match: { request: GET /items, params: { code: "{{ .key.id }}" }, id: ".[].id" }
+create: { request: POST /items, map: '{ code: .key.id, name: .after.name }' }
+update: "PUT /items/{{ $link.id }}"
+"#;
+    let up = r#"
+name: up
+type: http-pull
+system: api
+object: part
+every: 100ms
+request: GET /items
+into: public.customers
+insert: false
+conflict: upstream
+held.retry: 100ms
+map: '{ name }'
+"#;
+    let sink = shop.connector(&system, down);
+    shop.sql("INSERT INTO customers (id, name) VALUES (1, 'first')").await;
+    settled(&shop, "down").await;
+    let pull = shop.connector(&system, up);
+    let runs = || pull.status.facts().get("runs").and_then(serde_json::Value::as_u64).unwrap_or(0);
+    eventually(Duration::from_secs(20), "two runs", async || runs() > 1).await;
+    let sql = shop.database.connect().await;
+    let row = async || sql.query_one("SELECT name FROM customers", &[]).await.unwrap().get::<_, String>(0);
+    let put = |name: &str| api.inside.lock().unwrap().items.get_mut(&1).unwrap()["name"] = json!(name);
+    let long = Duration::from_secs(90);
+    // More changes of direction than a fight is allowed, each to a value that is new.
+    for turn in 0..25 {
+        let (ours, theirs) = (format!("shop {turn}"), format!("api {turn}"));
+        shop.sql(&format!("UPDATE customers SET name = '{ours}'")).await;
+        eventually(
+            long,
+            &ours,
+            async || if api.items()[0]["name"] == ours { Ok(()) } else { Err(api.items()[0].to_string()) },
+        )
+        .await;
+        put(&theirs);
+        eventually(long, &theirs, async || if row().await == theirs { Ok(()) } else { Err(row().await) }).await;
+    }
+    assert!(shop.parked().await.is_empty(), "{:?}", shop.parked().await);
+    // The table makes it one thing, the system another.
+    shop.sql(
+        "CREATE FUNCTION ours() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN NEW.name := 'ours'; RETURN NEW; END $$;
+         CREATE TRIGGER ours BEFORE UPDATE ON customers FOR EACH ROW EXECUTE FUNCTION ours();
+         UPDATE customers SET name = 'ours'",
+    )
+    .await;
+    let before = proxy.count("PUT", "");
+    eventually(long, "both are told apart", async || {
+        if api.items()[0]["name"] == "ours" {
+            put("theirs");
+        }
+        let held = sql.query_opt("SELECT reason FROM tidegate.held", &[]).await.unwrap();
+        let held: Option<String> = held.map(|row| row.get(0));
+        let parked = shop.parked().await.pop().map(|parked| parked.reason);
+        let told = |reason: &Option<String>, text: &str| reason.as_ref().is_some_and(|reason| reason.contains(text));
+        match told(&held, "undo each other") || told(&parked, "again and again") {
+            true => Ok(()),
+            false => Err(format!("{} requests, {held:?} {parked:?}", proxy.count("PUT", "") - before)),
+        }
+    })
+    .await;
+    assert!(proxy.count("PUT", "") - before <= 25, "{}", proxy.count("PUT", "") - before);
+    pull.stop().await;
+    sink.stop().await;
+}
