@@ -24,7 +24,7 @@ pub struct Rejection {
     pub request: Option<Value>,
     pub response: Option<Value>,
     /// The link waited for in vain: system, object, key.
-    pub waits_for: Option<(String, String, Value)>,
+    pub waits_for: Option<Box<(String, String, Value)>>,
     /// It is for what the row is now, and nothing was applied or can be doubled: when the row changes, it is tried again.
     pub heals: bool,
 }

@@ -151,6 +151,7 @@ impl Delivery {
 
 fn rejected(rejection: Rejection) -> NewParked {
     let Rejection { reason, request, response, waits_for, heals } = rejection;
+    let waits_for = waits_for.map(|link| *link);
     NewParked { request, response, waits_for, heals, ..NewParked::new(ParkedKind::Rejected, reason) }
 }
 

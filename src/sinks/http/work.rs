@@ -133,7 +133,7 @@ impl Delivery {
                     reason += "; hint: of rows that wait for each other, one can go first without the other's link, which \
                                `link_later(…)` leaves out until it is there";
                 }
-                let rejection = Rejection { waits_for: waits_for(&head), ..Rejection::of_row(reason) };
+                let rejection = Rejection { waits_for: waits_for(&head).map(Box::new), ..Rejection::of_row(reason) };
                 self.set_rejected(&client, key, &head.record, rejection).await?;
                 counts.rejected += 1;
                 continue;
