@@ -13,9 +13,11 @@
 
 mod catalog;
 mod chunk;
+mod command;
 mod commit;
 mod database;
 mod groups;
+mod pending;
 mod read;
 mod retention;
 
@@ -32,7 +34,8 @@ use rusqlite::OptionalExtension;
 use tokio::sync::{Semaphore, oneshot, watch};
 
 use self::catalog::{Catalog, Topic};
-use self::commit::{Append, Command, Committer, Reply, Shared, group_offset};
+use self::command::{Append, Command, Reply};
+use self::commit::{Committer, Shared, group_offset};
 use self::database::{ReadPool, reading};
 use self::groups::Groups;
 use self::read::{Consumer, Cursor, News, Reader};

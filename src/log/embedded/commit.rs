@@ -11,70 +11,24 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rusqlite::{Connection, OptionalExtension, params};
-use tokio::sync::{OwnedSemaphorePermit, oneshot, watch};
+use tokio::sync::watch;
 
 use super::EmbeddedSettings;
 use super::catalog::{Catalog, Topic};
-use super::chunk::ChunkBuilder;
+use super::command::{Append, Command, Reply, refuse};
 use super::database::{Fault, fault_of};
 use super::groups::Groups;
+use super::pending::Pending;
 use super::retention;
 use crate::event::{Offset, RecordBatch, TopicPartition};
-use crate::log::{Appended, LogError, TopicSpec, partitioner};
+use crate::log::{Appended, LogError, TopicSpec};
 
 /// Work that is committed together, at the most.
 const GROUP_BYTES: usize = 16 << 20;
-/// A blob is closed when it passes this; what a reader holds at a time.
-pub(super) const CHUNK_BYTES: usize = 1 << 20;
 /// Groups smaller than this may wait a moment for company.
 const SMALL_GROUP_BYTES: usize = 64 << 10;
 /// The WAL file is cut back when it has grown past this (readers kept it from starting over).
 const WAL_BYTES: u64 = 256 << 20;
-
-pub(super) type Reply<T> = oneshot::Sender<Result<T, LogError>>;
-
-pub(super) struct Append {
-    pub source: Arc<str>,
-    pub generation: u64,
-    pub batch: RecordBatch,
-    pub position: Option<Vec<u8>>,
-    pub in_flight: OwnedSemaphorePermit,
-    pub reply: Reply<Appended>,
-}
-
-pub(super) enum Command {
-    Append(Append),
-    /// Answers with the generation of the new writer; earlier ones of `source` are fenced.
-    OpenWriter {
-        source: Arc<str>,
-        reply: Reply<u64>,
-    },
-    EnsureTopic {
-        spec: TopicSpec,
-        reply: Reply<()>,
-    },
-    RegisterGroup {
-        group: String,
-        topics: Vec<String>,
-        reply: Reply<()>,
-    },
-    RemoveGroup {
-        group: String,
-        reply: Reply<()>,
-    },
-    ForgetLosses {
-        group: String,
-        reply: Reply<()>,
-    },
-    CommitOffsets {
-        group: String,
-        offsets: BTreeMap<TopicPartition, Offset>,
-        reply: Reply<()>,
-    },
-    Close {
-        reply: Reply<()>,
-    },
-}
 
 /// What the commit thread shares with the tasks of the process.
 pub(super) struct Shared {
@@ -99,34 +53,11 @@ pub(super) struct Committer {
     commands: Receiver<Command>,
     /// Held for as long as this thread writes.
     _lock: File,
-    open: Vec<OpenTopic>,
-    /// Places of the topics in `open`.
-    numbers: HashMap<Arc<str>, usize>,
+    pending: Pending,
     writers: HashMap<Arc<str>, Writer>,
     last_generation: u64,
-    batches: u64,
     last_commit: Instant,
     wal: std::path::PathBuf,
-    blob: Vec<u8>,
-}
-
-struct OpenTopic {
-    topic: Arc<Topic>,
-    partitions: Vec<OpenPartition>,
-    /// Where the next batch's records without a key go.
-    keyless: i32,
-}
-
-#[derive(Default)]
-struct OpenPartition {
-    /// Offset the next record gets, this transaction's included.
-    next: i64,
-    /// First offset in the builder.
-    base: i64,
-    builder: ChunkBuilder,
-    /// Bytes this transaction adds.
-    added: i64,
-    touched: bool,
 }
 
 struct Writer {
@@ -153,14 +84,11 @@ impl Committer {
             shared,
             commands,
             _lock: lock,
-            open: Vec::new(),
-            numbers: HashMap::new(),
+            pending: Pending::default(),
             writers: HashMap::new(),
             last_generation: 0,
-            batches: 0,
             last_commit: Instant::now(),
             wal,
-            blob: Vec::new(),
         }
     }
 
@@ -243,7 +171,7 @@ impl Committer {
         let written = self.write_group(group, &mut answers, &mut sources);
         let result = match written {
             Ok(made_topics) => {
-                self.show_tails();
+                self.pending.show_tails();
                 for topic in &made_topics {
                     self.shared.catalog.put(topic.clone());
                 }
@@ -330,7 +258,7 @@ impl Committer {
             result = result.and(outcome);
         }
         result?;
-        self.write_chunks()?;
+        self.pending.write(&self.conn)?;
         for (source, position) in &positions {
             self.conn
                 .prepare_cached(
@@ -354,33 +282,7 @@ impl Committer {
             answers.push(Box::new(move |_| drop(reply.send(Err(error)))));
             return Ok(());
         }
-        self.batches += 1;
-        let number = self.batches;
-        let now = now_ms();
-        let mut result = Ok(());
-        // The batch's topic slots, resolved once; `refusal` has opened every topic of the batch.
-        let slots: Vec<usize> = batch.topics().iter().filter_map(|name| self.numbers.get(name).copied()).collect();
-        for slot in &slots {
-            let topic = &mut self.open[*slot];
-            topic.keyless = (topic.keyless + 1) % topic.topic.partitions().max(1);
-        }
-        for record in batch.iter() {
-            let topic = &mut self.open[slots[record.topic_slot.index()]];
-            let partition = match record.key {
-                Some(key) => partitioner::partition_of(key, topic.topic.partitions()),
-                None => topic.keyless,
-            };
-            let open = &mut topic.partitions[partition as usize];
-            if open.builder.count() == 0 {
-                open.base = open.next;
-            }
-            open.builder.push(&record, number, 0);
-            open.next += 1;
-            open.touched = true;
-            if open.builder.byte_size() >= CHUNK_BYTES && result.is_ok() {
-                result = write_chunk(&self.conn, &mut self.blob, topic.topic.id, partition, open, now);
-            }
-        }
+        let result = self.pending.add(&self.conn, &batch);
         if let Some(position) = position {
             positions.insert(source, position);
         }
@@ -404,49 +306,11 @@ impl Committer {
         if let Some(error) = &writer.failed {
             return Some(error.clone());
         }
-        for name in batch.topics() {
-            if self.numbers.contains_key(name) {
-                continue;
-            }
-            let Some(topic) = self.shared.catalog.get(name) else {
-                let error = LogError::UnknownTopic(name.to_string());
+        match self.pending.open(batch, &self.shared.catalog) {
+            Ok(()) => None,
+            Err(error) => {
                 writer.failed = Some(error.clone());
-                return Some(error);
-            };
-            let partition = |p| OpenPartition { next: topic.tail(p), ..OpenPartition::default() };
-            let partitions = (0..topic.partitions()).map(partition).collect();
-            self.numbers.insert(topic.name.clone(), self.open.len());
-            self.open.push(OpenTopic { topic, partitions, keyless: 0 });
-        }
-        None
-    }
-
-    /// Writes what is left in the builders, and how far each partition has come.
-    fn write_chunks(&mut self) -> rusqlite::Result<()> {
-        let now = now_ms();
-        for open in &mut self.open {
-            for (partition, part) in open.partitions.iter_mut().enumerate().filter(|(_, part)| part.touched) {
-                let partition = partition as i32;
-                if part.builder.count() > 0 {
-                    write_chunk(&self.conn, &mut self.blob, open.topic.id, partition, part, now)?;
-                }
-                self.conn
-                    .prepare_cached(
-                        "UPDATE partitions SET next = ?3, bytes = bytes + ?4 WHERE topic = ?1 AND partition = ?2",
-                    )?
-                    .execute(params![open.topic.id, partition, part.next, part.added])?;
-            }
-        }
-        Ok(())
-    }
-
-    /// After the commit: readers may have it.
-    fn show_tails(&mut self) {
-        for open in &mut self.open {
-            for (partition, part) in open.partitions.iter_mut().enumerate().filter(|(_, part)| part.touched) {
-                open.topic.set_tail(partition as i32, part.next);
-                part.touched = false;
-                part.added = 0;
+                Some(error)
             }
         }
     }
@@ -497,8 +361,7 @@ impl Committer {
     fn give_up(&mut self, error: &rusqlite::Error) -> LogError {
         let _ = self.conn.execute_batch("ROLLBACK");
         // Opened again from the catalog, which only knows what is durable.
-        self.open.clear();
-        self.numbers.clear();
+        self.pending.forget();
         let error = not_durable(error);
         if let LogError::Fatal(text) = &error {
             tracing::error!("the embedded log stops: {text}");
@@ -539,31 +402,6 @@ impl Drop for Committer {
         let _ = self.shared.fatal.set(LogError::Fatal("the embedded log's commit thread has ended".into()));
         self.shared.tell();
     }
-}
-
-fn write_chunk(
-    conn: &Connection,
-    blob: &mut Vec<u8>,
-    topic: i64,
-    partition: i32,
-    open: &mut OpenPartition,
-    now: i64,
-) -> rusqlite::Result<()> {
-    let records = open.builder.count();
-    let crc = open.builder.finish(blob);
-    conn.prepare_cached("INSERT INTO blobs (data) VALUES (?1)")?.execute([&*blob])?;
-    let id = conn.last_insert_rowid();
-    conn.prepare_cached(
-        "INSERT INTO chunks (topic, partition, base, last, records, min_ts, max_ts, size, crc, blob)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?6, ?7, ?8, ?9)",
-    )?
-    .execute(params![topic, partition, open.base, open.next - 1, records, now, blob.len() as i64, crc, id])?;
-    open.added += blob.len() as i64;
-    open.base = open.next;
-    if blob.capacity() > 2 * CHUNK_BYTES {
-        *blob = Vec::new();
-    }
-    Ok(())
 }
 
 /// The group reads `topics`, and no others any more.
@@ -613,20 +451,6 @@ fn not_durable(error: &rusqlite::Error) -> LogError {
         Fault::Full => LogError::NotDurable("the disk of the embedded log is full".into()),
         Fault::Passing => LogError::NotDurable(error.to_string()),
         Fault::Fatal => LogError::Fatal(format!("the embedded log could not be written: {error}")),
-    }
-}
-
-fn refuse(command: Command, error: &LogError) {
-    let error = error.clone();
-    match command {
-        Command::Append(append) => drop(append.reply.send(Err(error))),
-        Command::OpenWriter { reply, .. } => drop(reply.send(Err(error))),
-        Command::EnsureTopic { reply, .. }
-        | Command::RegisterGroup { reply, .. }
-        | Command::RemoveGroup { reply, .. }
-        | Command::ForgetLosses { reply, .. }
-        | Command::CommitOffsets { reply, .. }
-        | Command::Close { reply } => drop(reply.send(Err(error))),
     }
 }
 

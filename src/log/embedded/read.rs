@@ -16,9 +16,11 @@ use tokio::time::Instant;
 
 use super::catalog::Topic;
 use super::chunk::{Chunk, Corrupt};
-use super::commit::{CHUNK_BYTES, Command, Shared, group_offset};
+use super::command::Command;
+use super::commit::{Shared, group_offset};
 use super::database::{ReadPool, reading};
 use super::groups::MemberId;
+use super::pending::CHUNK_BYTES;
 use crate::event::{Offset, TopicPartition};
 use crate::log::{ConsumedRecord, LogConsumer, LogError, LogReader, PollLimit, Polled, StartAt};
 

@@ -136,11 +136,12 @@ fn say_lost(
     now_ms: i64,
 ) -> rusqlite::Result<()> {
     let mut statement = conn.prepare_cached(
-        "SELECT group_name, coalesce(committed, start) FROM group_offsets
-         WHERE topic = ?1 AND partition = ?2 AND coalesce(committed, start) <= ?3",
+        "SELECT o.group_name, coalesce(o.committed, o.start) FROM group_offsets o
+         JOIN group_topics g ON g.group_name = o.group_name AND g.topic = ?4
+         WHERE o.topic = ?1 AND o.partition = ?2 AND coalesce(o.committed, o.start) <= ?3",
     )?;
     let losers: Vec<(String, i64)> = statement
-        .query_map(params![topic.id, partition, chunk.last], |row| Ok((row.get(0)?, row.get(1)?)))?
+        .query_map(params![topic.id, partition, chunk.last, &*topic.name], |row| Ok((row.get(0)?, row.get(1)?)))?
         .collect::<Result<_, _>>()?;
     for (group, stood_at) in losers {
         let first = stood_at.max(chunk.base);
