@@ -1,7 +1,8 @@
-//! What appending to the embedded log costs: batches of events as capture writes them, several in flight, each
-//! durable; then reading them back. Prints one line of key=value a run.
+//! What appending to a log costs: batches of events as capture writes them, several in flight, each durable; then
+//! reading them back. Prints one line of key=value a run.
 //!
-//! `cargo bench --bench log`; with a number, that many records a run (a million without).
+//! `cargo bench --bench log`; with a number, that many records a run (a million without). The embedded log alone, or
+//! with `BENCH_KAFKA=HOST:PORT` the log in that Kafka, too; there, CPU is this process's, without the broker's.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -13,25 +14,37 @@ use tidegate::log::{EmbeddedLog, EmbeddedSettings, Log, LogError, PollLimit, Sta
 /// Batches on their way at a time.
 const WINDOW: usize = 8;
 const VALUE_BYTES: usize = 350;
+const HEADERS: [(&str, &[u8]); 4] = [
+    ("__debezium.context.connectorLogicalName", b"shop"),
+    ("__debezium.context.taskId", b"0"),
+    ("__debezium.context.connectorName", b"postgresql"),
+    ("__debezium.context.runId", b"0190a8c0-0000-7000-8000-000000000000"),
+];
 
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let records = std::env::args().skip(1).find_map(|arg| arg.parse().ok()).unwrap_or(1_000_000);
+    let kafka = std::env::var("BENCH_KAFKA").ok();
     for batch in [1, 1_000, 10_000] {
         // Single records are slower by far: fewer of them say the same.
-        run(if batch == 1 { records / 100 } else { records }, batch).await?;
+        let records = if batch == 1 { records / 100 } else { records };
+        let folder = tempfile::tempdir()?;
+        run(&EmbeddedLog::open(EmbeddedSettings::new(folder.path()))?, records, batch).await?;
+        #[cfg(feature = "kafka")]
+        if let Some(servers) = &kafka {
+            let settings = tidegate::log::KafkaSettings::new(servers);
+            run(&tidegate::log::KafkaLog::open(settings).await?, records, batch).await?;
+        }
     }
     Ok(())
 }
 
-async fn run(records: usize, batch: usize) -> Result<(), Box<dyn std::error::Error>> {
-    let folder = tempfile::tempdir()?;
-    let log = EmbeddedLog::open(EmbeddedSettings::new(folder.path()))?;
-    let name: Arc<str> = "shop.public.orders".into();
+async fn run(log: &dyn Log, records: usize, batch: usize) -> Result<(), Box<dyn std::error::Error>> {
+    let name: Arc<str> = format!("shop.public.orders-{batch}").into();
     let spec = TopicSpec { name: name.to_string(), partitions: 3, replication_factor: None, settings: BTreeMap::new() };
     log.ensure_topic(&spec).await?;
     let (start, cpu) = (Instant::now(), cpu_seconds());
-    append(&log, &name, records, batch).await?;
+    append(log, &name, records, batch).await?;
     let (wall, used) = (start.elapsed().as_secs_f64(), cpu_seconds() - cpu);
     let (start, cpu) = (Instant::now(), cpu_seconds());
     let mut reader = log.reader(&name, StartAt::Beginning, StopAt::End).await?;
@@ -43,8 +56,9 @@ async fn run(records: usize, batch: usize) -> Result<(), Box<dyn std::error::Err
     let (read_wall, read_used) = (start.elapsed().as_secs_f64(), cpu_seconds() - cpu);
     let million = records as f64 / 1e6;
     println!(
-        "log=embedded batch={batch} records={records} append_per_s={:.0} append_cpu_s_per_million={:.2} \
+        "log={} batch={batch} records={records} append_per_s={:.0} append_cpu_s_per_million={:.2} \
          read_per_s={:.0} read_cpu_s_per_million={:.2}",
+        log.kind(),
         records as f64 / wall,
         used / million,
         records as f64 / read_wall,
@@ -54,7 +68,7 @@ async fn run(records: usize, batch: usize) -> Result<(), Box<dyn std::error::Err
     Ok(())
 }
 
-async fn append(log: &EmbeddedLog, name: &Arc<str>, records: usize, batch: usize) -> Result<(), LogError> {
+async fn append(log: &dyn Log, name: &Arc<str>, records: usize, batch: usize) -> Result<(), LogError> {
     let mut writer = log.writer("bench").await?;
     let value = [b'v'; VALUE_BYTES];
     let mut tickets = VecDeque::new();
@@ -63,7 +77,7 @@ async fn append(log: &EmbeddedLog, name: &Arc<str>, records: usize, batch: usize
     while written < records || !tickets.is_empty() {
         if written < records && tickets.len() < WINDOW {
             let mut buffer = buffers.pop().unwrap_or_default();
-            let headers = buffer.header_set([]);
+            let headers = buffer.header_set(HEADERS);
             let slot = buffer.topic_slot(name);
             for number in written..(written + batch).min(records) {
                 let mut record = buffer.record(slot, &headers);
