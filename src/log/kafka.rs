@@ -2,8 +2,9 @@
 //!
 //! * [`settings`] makes the configurations of clients: every librdkafka setting is passed through, but those that
 //!   carry a promise of this log are its own.
-//! * [`writer`] has one idempotent producer a source; a batch is durable when every record of it has been
-//!   acknowledged by all in-sync replicas, and then its position, in a compacted topic of its own ([`positions`]).
+//! * [`producing`] has one idempotent producer a source, [`writer`] gives it batches, [`feeder`] settles them: a
+//!   batch is durable when every record of it has been acknowledged by all in-sync replicas, and then its position, in
+//!   a compacted topic of its own ([`positions`]).
 //! * [`consumer`] and [`reader`] each own a thread, on which librdkafka's client lives.
 //! * Without transactions the promise is at-least-once over a crash of this process: what a producer had on the
 //!   way when it died may be there once more after it. Within a process an outage of the broker doubles nothing,
@@ -11,8 +12,11 @@
 
 mod client;
 mod consumer;
+mod feeder;
 mod gather;
+mod native;
 mod positions;
+mod producing;
 mod reader;
 mod settings;
 mod writer;
@@ -28,8 +32,8 @@ use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 
 use self::client::{Told, blocking, fault};
+use self::producing::Producing;
 pub use self::settings::KafkaSettings;
-use self::writer::Producing;
 use crate::event::{Offset, TopicPartition};
 use crate::log::{
     Log, LogConsumer, LogError, LogReader, LogWriter, Loss, PartitionInfo, PartitionLag, StartAt, StopAt, TopicInfo,

@@ -284,6 +284,8 @@ async fn a_record_that_is_too_large_is_named_and_nothing_after_it_is_written() {
     let name = format!("large.{}", uuid::Uuid::new_v4().simple());
     log.ensure_topic(&topic(&name, 1)).await.unwrap();
     let mut writer = log.writer(&name).await.unwrap();
+    // The three of them are together on their way.
+    let before = writer.append(batch(&name, [("k", "before")]), None).await.unwrap();
     let large = "x".repeat(3 << 20);
     let too_large = writer.append(batch(&name, [("k", large.as_str())]), Some(b"1".to_vec())).await.unwrap();
     let after = writer.append(batch(&name, [("k", "small")]), Some(b"2".to_vec())).await;
@@ -293,7 +295,31 @@ async fn a_record_that_is_too_large_is_named_and_nothing_after_it_is_written() {
         Ok(ticket) => ticket.await.is_err(),
         Err(_) => true,
     });
+    let _ = before.await;
     assert_eq!(log.writer(&name).await.unwrap().position().await.unwrap(), None);
+    assert_eq!(read_all(&log, &name).await.iter().map(|r| text(&r.value)).collect::<Vec<_>>(), ["before"]);
+    log.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_queue_smaller_than_what_is_on_its_way_only_slows_down() {
+    let mut settings = KafkaSettings::new(&Kafka::shared().await.bootstrap());
+    settings.librdkafka.insert("queue.buffering.max.messages".into(), "5".into());
+    let log = KafkaLog::open(settings).await.unwrap();
+    let name = format!("narrow.{}", uuid::Uuid::new_v4().simple());
+    log.ensure_topic(&topic(&name, 1)).await.unwrap();
+    let mut writer = log.writer(&name).await.unwrap();
+    let mut tickets = Vec::new();
+    for number in 0..100 {
+        let values: Vec<String> = (number * 10..number * 10 + 10).map(|value| value.to_string()).collect();
+        let records = batch(&name, values.iter().map(|value| ("k", value.as_str())));
+        tickets.push(writer.append(records, Some(number.to_string().into_bytes())).await.unwrap());
+    }
+    for ticket in tickets {
+        tokio::time::timeout(DEADLINE, ticket).await.expect("in time").unwrap();
+    }
+    assert_eq!(writer.position().await.unwrap().as_deref(), Some(b"99".as_slice()));
+    assert_eq!(read_all(&log, &name).await.len(), 1000);
     log.close().await.unwrap();
 }
 

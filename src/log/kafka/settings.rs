@@ -43,11 +43,12 @@ impl std::fmt::Debug for KafkaSettings {
 
 /// What a promise of the log hangs on: the name, the value it has (a setting that says the same is let through;
 /// `None`: it is not a constant), and the promise.
-const OWN: [(&str, Option<&str>, &str); 12] = [
+const OWN: [(&str, Option<&str>, &str); 13] = [
     ("bootstrap.servers", None, "it is given beside `type: kafka`"),
     ("acks", Some("all"), "a record is durable only when all in-sync replicas have it"),
     ("request.required.acks", Some("all"), "a record is durable only when all in-sync replicas have it"),
     ("enable.idempotence", Some("true"), "a retry must not double or reorder records"),
+    ("delivery.report.only.error", Some("false"), "a batch is durable when each of its records has been acknowledged"),
     ("message.timeout.ms", Some("0"), "a time-out would drop records from the middle of a batch"),
     ("delivery.timeout.ms", Some("0"), "a time-out would drop records from the middle of a batch"),
     ("partitioner", Some("murmur2_random"), "keys go where Java's clients send them"),
@@ -228,7 +229,13 @@ mod tests {
 
     #[test]
     fn settings_that_carry_a_promise_can_not_be_changed() {
-        for name in ["acks", "producer.message.timeout.ms", "consumer.auto.offset.reset", "partitioner"] {
+        for name in [
+            "acks",
+            "producer.message.timeout.ms",
+            "consumer.auto.offset.reset",
+            "partitioner",
+            "delivery.report.only.error",
+        ] {
             assert!(refusal(name, "1").contains("can't be changed"), "{name}");
         }
     }

@@ -1,0 +1,433 @@
+//! The thread of a producer: hands records to librdkafka, takes acknowledgements, and answers batches in order: records
+//! durable, then the position behind them, then the ticket.
+//!
+//! A request costs the client and the broker far more than a record in it. So batches that come while others are on
+//! the way wait for these, a moment at the most; and while much comes they gather for some milliseconds, to go out in
+//! requests of up to a megabyte. A batch that comes when nothing is on the way goes out at once.
+//!
+//! The invariant: a position is handed over only when every record that it covers, and every record before, is durable.
+//! After a record that was not delivered nothing is handed over any more, and nothing that waits is durable.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+
+use super::client::{Told, fault};
+use super::native::{Headers, Native, Topic, Undelivered};
+use super::producing::{Accepted, Handed, Shared};
+use crate::event::RecordRef;
+use crate::log::{Appended, LogError};
+
+/// Batches wait this long for those that are on the way, at the most.
+const COMPANY: Duration = Duration::from_millis(3);
+/// When so many bytes were handed over at once, more is to come: they gather …
+const MUCH: usize = 64 << 10;
+/// … for this long …
+const GATHER: Duration = Duration::from_millis(5);
+/// … or until they are so many.
+const GATHER_BYTES: usize = 768 << 10;
+/// Positions are written no sooner than this after one another; one that comes after a silence does not wait.
+const PACE: Duration = Duration::from_millis(10);
+/// How soon what found librdkafka's queue full is handed over again.
+const NO_ROOM: Duration = Duration::from_millis(2);
+/// How long a wait for news lasts, at the most.
+const LOOK: Duration = Duration::from_millis(250);
+/// Header objects kept to be used again (about 400 bytes each), until nothing comes for a moment.
+const HEADERS_KEPT: usize = 8192;
+/// The tag of a position's message. All others have the number of their batch, and [`POOLED`].
+const POSITION: usize = usize::MAX;
+/// Set in the tag of a message whose headers are the pool's.
+const POOLED: usize = 1;
+
+pub(super) struct Feeder {
+    /// The source's name.
+    key: Vec<u8>,
+    positions: Topic,
+    topics: HashMap<Arc<str>, Topic>,
+    native: Arc<Native>,
+    shared: Arc<Shared>,
+    inbox: Receiver<Handed>,
+    /// Not handed over, in order, and their bytes.
+    waiting: VecDeque<Accepted>,
+    waiting_bytes: usize,
+    waiting_since: Instant,
+    /// When batches were handed over last, and how many bytes.
+    handed_at: Instant,
+    handed_bytes: usize,
+    /// Handed over, in order; the last one perhaps in part.
+    batches: VecDeque<OnTheWay>,
+    /// Number of the first of these.
+    first: usize,
+    /// Records of these that are handed over and not settled.
+    on_the_way: usize,
+    /// Records of the last batch that are handed over, where that is not all: when to go on with it.
+    partly: Option<(usize, Instant)>,
+    /// A record was not delivered: when those before it are settled, all fails.
+    stopped: bool,
+    /// Durable records without their position, in order.
+    settled: VecDeque<OnTheWay>,
+    /// The position that is to be written for them, and when it may be.
+    due: Option<Vec<u8>>,
+    due_at: Instant,
+    /// A position on the way: how many of the settled batches it is for.
+    covers: Option<usize>,
+    pool: Pool,
+}
+
+struct OnTheWay {
+    accepted: Accepted,
+    records: usize,
+    bytes: usize,
+    /// Records that are not settled.
+    left: usize,
+    failed: Option<LogError>,
+}
+
+/// Header objects that nobody uses. Nearly all records of a run have the same headers.
+#[derive(Default)]
+struct Pool {
+    /// What they hold, as a batch has it.
+    raw: Vec<u8>,
+    free: Vec<Headers>,
+    /// Objects that have been given out and are to come back.
+    out: usize,
+}
+
+impl Pool {
+    /// The record's headers, and whether they are the pool's.
+    fn take(&mut self, record: &RecordRef<'_>) -> (Option<Headers>, bool) {
+        let raw = record.raw_headers();
+        if raw.is_empty() {
+            return (None, false);
+        }
+        if self.out == 0 && self.raw != raw {
+            self.free.clear();
+            self.raw = raw.to_vec();
+        }
+        if self.raw != raw {
+            return (Some(Headers::new(record.headers())), false);
+        }
+        self.out += 1;
+        (Some(self.free.pop().unwrap_or_else(|| Headers::new(record.headers()))), true)
+    }
+
+    fn put(&mut self, headers: Option<Headers>) {
+        self.out = self.out.saturating_sub(1);
+        if let Some(headers) = headers
+            && self.free.len() < HEADERS_KEPT
+        {
+            self.free.push(headers);
+        }
+    }
+}
+
+impl Feeder {
+    /// Errors: a topic for positions that can't be.
+    pub fn new(
+        source: &[u8],
+        positions: &str,
+        native: Arc<Native>,
+        shared: Arc<Shared>,
+        inbox: Receiver<Handed>,
+    ) -> Result<Self, LogError> {
+        let invalid = || LogError::Invalid(format!("no topic can be called '{positions}'"));
+        let now = Instant::now();
+        Ok(Feeder {
+            key: source.to_vec(),
+            positions: native.topic(positions).ok_or_else(invalid)?,
+            topics: HashMap::new(),
+            native,
+            shared,
+            inbox,
+            waiting: VecDeque::new(),
+            waiting_bytes: 0,
+            waiting_since: now,
+            handed_at: now,
+            handed_bytes: 0,
+            batches: VecDeque::new(),
+            first: 0,
+            on_the_way: 0,
+            partly: None,
+            stopped: false,
+            settled: VecDeque::new(),
+            due: None,
+            due_at: now,
+            covers: None,
+            pool: Pool::default(),
+        })
+    }
+
+    /// Ends when the producer is given up.
+    pub fn run(mut self) {
+        loop {
+            let asked_at = Instant::now();
+            let again_at = self.partly.filter(|_| !self.stopped).map(|(_, at)| at);
+            let until = [self.hand_over_at(asked_at), again_at, self.position_at()].into_iter();
+            let wait = until.flatten().min().map_or(LOOK, |at| at.saturating_duration_since(asked_at).min(LOOK));
+            // In whole milliseconds: rather late than at once, and once more.
+            let wait = Duration::from_millis(wait.as_micros().div_ceil(1000) as u64);
+            let mut news = self.listen(wait);
+            if !news && asked_at.elapsed() >= LOOK {
+                self.pool.free = Vec::new();
+            }
+            while news {
+                news = self.listen(Duration::ZERO);
+            }
+            loop {
+                let last = match self.inbox.try_recv() {
+                    Ok(Handed::Batch(accepted)) => {
+                        self.take(accepted);
+                        continue;
+                    }
+                    Err(TryRecvError::Empty) => break,
+                    Ok(Handed::Close(last)) => last,
+                    Err(TryRecvError::Disconnected) => None,
+                };
+                self.fail(&LogError::NotDurable("the writer was closed".into()));
+                // Waits for librdkafka's threads, here and not where a writer ends.
+                drop((self, last));
+                return;
+            }
+            self.settle();
+            self.hand_over();
+        }
+    }
+
+    fn take(&mut self, accepted: Accepted) {
+        if self.waiting.is_empty() {
+            self.waiting_since = Instant::now();
+        }
+        self.waiting_bytes += accepted.batch.byte_size();
+        self.waiting.push_back(accepted);
+    }
+
+    /// When what waits is to be handed over.
+    fn hand_over_at(&self, now: Instant) -> Option<Instant> {
+        if self.waiting.is_empty() || self.partly.is_some() || self.stopped {
+            return None;
+        }
+        let gathers_until = self.handed_at + GATHER;
+        Some(if self.waiting_bytes >= GATHER_BYTES {
+            now
+        } else if self.handed_bytes >= MUCH && now < gathers_until {
+            gathers_until
+        } else if self.on_the_way == 0 {
+            now
+        } else {
+            self.waiting_since + COMPANY
+        })
+    }
+
+    /// When the position that is due is to be written.
+    fn position_at(&self) -> Option<Instant> {
+        (self.due.is_some() && self.covers.is_none()).then_some(self.due_at)
+    }
+
+    /// Takes one event of librdkafka; false where there is none.
+    fn listen(&mut self, wait: Duration) -> bool {
+        let mut position = None;
+        let mut settled = false;
+        let Feeder { native, shared, batches, first, on_the_way, pool, stopped, .. } = self;
+        let news = native.poll(wait, |message| {
+            if message.tag == POSITION {
+                position = Some(message.result);
+                return;
+            }
+            if message.tag & POOLED != 0 {
+                pool.put(message.headers);
+            }
+            // One that is not there any more has failed with all others.
+            let Some(batch) = (message.tag >> 1).checked_sub(*first).and_then(|at| batches.get_mut(at)) else { return };
+            batch.left -= 1;
+            *on_the_way -= 1;
+            match message.result {
+                Ok(()) => settled = true,
+                Err(error) => {
+                    *stopped = true;
+                    batch.failed.get_or_insert_with(|| undelivered(&error, &shared.told));
+                }
+            }
+        });
+        if settled || matches!(position, Some(Ok(()))) {
+            self.shared.progress();
+        }
+        if let Some(result) = position
+            && let Some(covers) = self.covers.take()
+        {
+            match result {
+                Ok(()) => self.settled.drain(..covers).for_each(|batch| resolve(batch, Ok(()))),
+                Err(error) => self.fail(&undelivered(&error, &self.shared.told)),
+            }
+        }
+        news
+    }
+
+    /// Goes as far as acknowledgements allow: positions behind durable records, tickets behind those.
+    fn settle(&mut self) {
+        if let Some(error) = self.shared.failed.get().cloned() {
+            return self.fail(&error);
+        }
+        while let Some(batch) = self.batches.front() {
+            if let Some(error) = batch.failed.clone() {
+                // Those before it are durable; their positions are not, and they are done again.
+                return self.fail(&error);
+            }
+            if batch.left > 0 {
+                break;
+            }
+            let Some(mut batch) = self.batches.pop_front() else { break };
+            self.first += 1;
+            self.due = batch.accepted.position.take().or_else(|| self.due.take());
+            self.settled.push_back(batch);
+        }
+        if self.covers.is_some() {
+            return;
+        }
+        if self.due.is_none() {
+            // Records alone, and no position before them that is not durable yet.
+            self.settled.drain(..).for_each(|batch| resolve(batch, Ok(())));
+        } else if Instant::now() >= self.due_at {
+            self.write_position();
+        }
+    }
+
+    fn write_position(&mut self) {
+        let Some(position) = self.due.take() else { return };
+        let sent = self.native.produce(&self.positions, Some(&self.key), Some(&position), None, now_ms(), POSITION);
+        match sent {
+            Ok(()) => {
+                self.covers = Some(self.settled.len());
+                self.due_at = Instant::now() + PACE;
+            }
+            Err((error, _)) if is_full(&error) => {
+                // Records of later batches have filled the queue; acknowledgements make room.
+                self.due = Some(position);
+                self.due_at = Instant::now() + NO_ROOM;
+            }
+            Err((error, _)) => self.fail(&undelivered(&Undelivered { error, topic: None }, &self.shared.told)),
+        }
+    }
+
+    /// Hands over what is to be handed over now.
+    fn hand_over(&mut self) {
+        let now = Instant::now();
+        if let Some((from, at)) = self.partly {
+            if now < at || self.stopped {
+                return;
+            }
+            self.feed(from);
+        }
+        if self.hand_over_at(now).is_none_or(|at| at > now) {
+            return;
+        }
+        (self.handed_at, self.handed_bytes) = (now, self.waiting_bytes);
+        while self.partly.is_none()
+            && !self.stopped
+            && let Some(accepted) = self.waiting.pop_front()
+        {
+            let (records, bytes) = (accepted.batch.len(), accepted.batch.byte_size());
+            self.waiting_bytes -= bytes;
+            self.batches.push_back(OnTheWay { accepted, records, bytes, left: records, failed: None });
+            self.feed(0);
+            // Header objects come back while much is handed over.
+            while self.listen(Duration::ZERO) {}
+        }
+    }
+
+    /// Hands the last batch's records over, from `from` on. What librdkafka refuses counts as not delivered.
+    fn feed(&mut self, from: usize) {
+        self.partly = None;
+        let Feeder { topics, native, batches, first, on_the_way, pool, shared, stopped, .. } = self;
+        let number = *first + batches.len().saturating_sub(1);
+        let Some(last) = batches.back_mut() else { return };
+        let batch = &last.accepted.batch;
+        let now_ms = now_ms();
+        for name in batch.topics() {
+            if !topics.contains_key(name)
+                && let Some(topic) = native.topic(name)
+            {
+                topics.insert(name.clone(), topic);
+            }
+        }
+        let handles: Vec<Option<&Topic>> = batch.topics().iter().map(|name| topics.get(name)).collect();
+        for at in from..last.records {
+            let Some(record) = batch.get(at) else { break };
+            let Some(topic) = handles[record.topic_slot.index()] else {
+                *stopped = true;
+                last.failed = Some(LogError::Invalid(format!("no topic can be called '{}'", record.topic)));
+                return;
+            };
+            let (headers, pooled) = pool.take(&record);
+            let tag = number << 1 | if pooled { POOLED } else { 0 };
+            match native.produce(topic, record.key, record.value, headers, now_ms, tag) {
+                Ok(()) => *on_the_way += 1,
+                Err((error, headers)) => {
+                    if pooled {
+                        pool.put(headers);
+                    }
+                    if is_full(&error) {
+                        self.partly = Some((at, Instant::now() + NO_ROOM));
+                        return;
+                    }
+                    let size = record.value.map_or(0, <[u8]>::len);
+                    let topic = Some(format!("{}, a record of {size} bytes", record.topic));
+                    *stopped = true;
+                    last.failed = Some(undelivered(&Undelivered { error, topic }, &shared.told));
+                    return;
+                }
+            }
+        }
+        last.accepted.batch.clear();
+    }
+
+    /// Everything that is not settled, and everything that comes, fails.
+    fn fail(&mut self, error: &LogError) {
+        if self.shared.failed.set(error.clone()).is_ok() {
+            self.native.purge();
+        }
+        (self.due, self.covers, self.partly) = (None, None, None);
+        self.stopped = true;
+        self.first += self.batches.len();
+        (self.on_the_way, self.waiting_bytes) = (0, 0);
+        let accepted = self.settled.drain(..).chain(self.batches.drain(..));
+        accepted.for_each(|batch| resolve(batch, Err(error.clone())));
+        for accepted in self.waiting.drain(..) {
+            resolve(OnTheWay { accepted, records: 0, bytes: 0, left: 0, failed: None }, Err(error.clone()));
+        }
+    }
+}
+
+fn resolve(batch: OnTheWay, result: Result<(), LogError>) {
+    let OnTheWay { accepted, records, bytes, .. } = batch;
+    let Accepted { mut outstanding, batch: mut buffer, in_flight, reply, .. } = accepted;
+    buffer.clear();
+    drop(in_flight);
+    outstanding.resolved = true;
+    drop(outstanding);
+    if result.is_ok() {
+        metrics::counter!("tidegate_log_appended_records_total").increment(records as u64);
+        metrics::counter!("tidegate_log_appended_bytes_total").increment(bytes as u64);
+    }
+    let _ = reply.send(result.map(|()| Appended { buffer, records, bytes }));
+}
+
+fn is_full(error: &KafkaError) -> bool {
+    matches!(error, KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull))
+}
+
+/// What a message that was not delivered means for the log.
+fn undelivered(undelivered: &Undelivered, told: &Told) -> LogError {
+    let topic = undelivered.topic.as_deref().map(|topic| format!("topic {topic}: ")).unwrap_or_default();
+    match fault(&undelivered.error, told) {
+        LogError::Unavailable(text) => LogError::NotDurable(topic + &text),
+        LogError::Invalid(text) => LogError::Invalid(topic + &text),
+        other => other,
+    }
+}
+
+fn now_ms() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64)
+}
