@@ -16,7 +16,7 @@ pub(super) fn connector(settings: &DatastoreSettings) -> Result<MakeRustlsConnec
     let config = match client_config(settings)? {
         Some(config) => config,
         // Never used: the connection asks for no TLS.
-        None => unverified(Arc::new(ring::default_provider()))?,
+        None => lenient(None, Arc::new(ring::default_provider()))?,
     };
     Ok(MakeRustlsConnect::new(config))
 }
@@ -25,21 +25,19 @@ pub(super) fn client_config(settings: &DatastoreSettings) -> Result<Option<Clien
     let provider = Arc::new(ring::default_provider());
     let by_name = match settings.ssl_mode {
         SslMode::Disable => return Ok(None),
-        SslMode::Prefer => return unverified(provider).map(Some),
-        SslMode::Require if settings.ssl_root_cert.is_none() => return unverified(provider).map(Some),
+        SslMode::Prefer => return lenient(None, provider).map(Some),
+        SslMode::Require if settings.ssl_root_cert.is_none() => return lenient(None, provider).map(Some),
         SslMode::Require | SslMode::VerifyCa => false,
         SslMode::VerifyFull => true,
     };
     let roots = Arc::new(roots(settings)?);
-    let builder = builder(provider.clone())?;
     if by_name {
-        return Ok(Some(builder.with_root_certificates(roots).with_no_client_auth()));
+        return Ok(Some(builder(provider)?.with_root_certificates(roots).with_no_client_auth()));
     }
-    let inner = WebPkiServerVerifier::builder_with_provider(roots, provider)
+    let chain = WebPkiServerVerifier::builder_with_provider(roots, provider.clone())
         .build()
         .map_err(|error| DatastoreError::setup(format!("TLS to the datastore: {error}")))?;
-    let verifier = Arc::new(AuthorityOnly(inner));
-    Ok(Some(builder.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth()))
+    lenient(Some(chain), provider).map(Some)
 }
 
 fn builder(
@@ -50,8 +48,11 @@ fn builder(
         .map_err(|error| DatastoreError::setup(format!("TLS to the datastore: {error}")))
 }
 
-fn unverified(provider: Arc<CryptoProvider>) -> Result<ClientConfig, DatastoreError> {
-    let verifier = Arc::new(Unverified(provider.clone()));
+fn lenient(
+    chain: Option<Arc<WebPkiServerVerifier>>,
+    provider: Arc<CryptoProvider>,
+) -> Result<ClientConfig, DatastoreError> {
+    let verifier = Arc::new(Lenient { chain, provider: provider.clone() });
     Ok(builder(provider)?.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth())
 }
 
@@ -78,11 +79,15 @@ fn roots(settings: &DatastoreSettings) -> Result<RootCertStore, DatastoreError> 
     Ok(roots)
 }
 
-/// `verify-ca`: the chain is verified, the name is not.
+/// Less than everything is verified: the chain without the name (`verify-ca`), or nothing (`prefer` and plain `require`:
+/// encrypted, from whomever). Whoever it is must have the certificate's key in any case.
 #[derive(Debug)]
-struct AuthorityOnly(Arc<WebPkiServerVerifier>);
+struct Lenient {
+    chain: Option<Arc<WebPkiServerVerifier>>,
+    provider: Arc<CryptoProvider>,
+}
 
-impl ServerCertVerifier for AuthorityOnly {
+impl ServerCertVerifier for Lenient {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
@@ -91,7 +96,8 @@ impl ServerCertVerifier for AuthorityOnly {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        match self.0.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now) {
+        let Some(chain) = &self.chain else { return Ok(ServerCertVerified::assertion()) };
+        match chain.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now) {
             Err(rustls::Error::InvalidCertificate(
                 CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
             )) => Ok(ServerCertVerified::assertion()),
@@ -105,7 +111,7 @@ impl ServerCertVerifier for AuthorityOnly {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.0.verify_tls12_signature(message, cert, dss)
+        verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
     }
 
     fn verify_tls13_signature(
@@ -114,49 +120,10 @@ impl ServerCertVerifier for AuthorityOnly {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.0.verify_tls13_signature(message, cert, dss)
+        verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.supported_verify_schemes()
-    }
-}
-
-/// `prefer` and plain `require`: encrypted, from whomever.
-#[derive(Debug)]
-struct Unverified(Arc<CryptoProvider>);
-
-impl ServerCertVerifier for Unverified {
-    fn verify_server_cert(
-        &self,
-        _end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        _now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
+        self.provider.signature_verification_algorithms.supported_schemes()
     }
 }

@@ -100,9 +100,14 @@ impl Watch {
             let look = async {
                 let mut session = catalog.session().await?;
                 if expected {
-                    let (ours, others) = opening::unpublished(&mut session, &settings).await?;
-                    unpublished = !ours.is_empty();
-                    status.set_fact(opening::NOT_CAPTURED, others);
+                    match opening::unpublished(&mut session, &settings).await {
+                        Ok((ours, others)) => {
+                            unpublished = !ours.is_empty();
+                            status.set_fact(opening::NOT_CAPTURED, others);
+                        }
+                        // What is wrong with the publication is said where it is used; the slot is looked at anyway.
+                        Err(error) => tracing::debug!(connector = %name, %error, "the tables can't be looked at"),
+                    }
                 }
                 slot::find(&mut session, &settings.slot).await
             };
