@@ -111,9 +111,7 @@ async fn what_the_wal_does_not_tell_is_the_catalogs_when_the_backlog_is_over() {
     let server = Postgres::shared(Version::Distribution).await;
     let database = server.database("hidden").await;
     database.execute("CREATE TABLE t (id int PRIMARY KEY, n int DEFAULT 1)").await;
-    let world = World::new(&database, &[r"public\.t"]);
-    let capture = world.start().await;
-    capture.streaming().await;
+    let (world, capture) = World::streaming(&database, &[r"public\.t"]).await;
     database.execute("INSERT INTO t VALUES (1)").await;
     world.wait_for_changes("shop.public.t", 1).await;
     capture.stop().await.unwrap();
@@ -143,9 +141,7 @@ async fn a_partition_that_was_dropped_meanwhile_loses_no_row() {
              CREATE TABLE p1 PARTITION OF p FOR VALUES FROM (0) TO (10)",
         )
         .await;
-    let world = World::new(&database, &[r"public\.p"]);
-    let capture = world.start().await;
-    capture.streaming().await;
+    let (world, capture) = World::streaming(&database, &[r"public\.p"]).await;
     capture.stop().await.unwrap();
     database
         .execute(
@@ -166,15 +162,13 @@ async fn a_shape_is_written_down_once_and_with_the_rows_that_have_it() {
     database.execute("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)").await;
     let world = World::new(&database, &[r"public\.t"]);
     for round in 2..5 {
-        let capture = world.start().await;
-        capture.streaming().await;
+        let capture = world.start_streaming().await;
         database.execute(&format!("INSERT INTO t VALUES ({round})")).await;
         database.execute("VACUUM FULL t").await;
         world.wait_for_changes("shop.public.t", round).await;
         capture.stop().await.unwrap();
     }
-    let capture = world.start().await;
-    capture.streaming().await;
+    let capture = world.start_streaming().await;
     database.execute("ALTER TABLE t ADD v text; INSERT INTO t VALUES (9, 'x')").await;
     world.wait_for_changes("shop.public.t", 5).await;
     capture.stop().await.unwrap();

@@ -118,8 +118,7 @@ async fn replica_identities_toast_truncate_and_tables_without_a_key() {
             .await;
         let mut world = World::new(&database, &[r"public\..*"]);
         world.settings.skipped.clear();
-        let capture = world.start().await;
-        capture.streaming().await;
+        let capture = world.start_streaming().await;
         database
             .execute(
                 "INSERT INTO toast VALUES (1, 'a', repeat('x', 9000)); UPDATE toast SET small = 'b' WHERE id = 1; \
@@ -184,9 +183,7 @@ async fn an_idle_database_in_a_busy_server_moves_its_slot_on() {
     let (quiet, busy) = (server.database("quiet").await, server.database("busy").await);
     quiet.execute("CREATE TABLE t (id int PRIMARY KEY)").await;
     busy.execute("CREATE TABLE t (id int)").await;
-    let world = World::new(&quiet, &[r"public\.t"]);
-    let capture = world.start().await;
-    capture.streaming().await;
+    let (world, capture) = World::streaming(&quiet, &[r"public\.t"]).await;
     let client = quiet.connect().await;
     busy.execute("INSERT INTO t SELECT generate_series(1, 100000)").await;
     let row = client.query_one("SELECT pg_current_wal_lsn()::text", &[]).await.unwrap();
@@ -207,9 +204,7 @@ async fn a_commit_right_behind_a_message_outside_its_transaction_is_not_passed_o
         let server = Postgres::own(version).await;
         let database = server.database("message").await;
         database.execute("CREATE TABLE t (id int PRIMARY KEY)").await;
-        let world = World::new(&database, &[r"public\.t"]);
-        let capture = world.start().await;
-        capture.streaming().await;
+        let (world, capture) = World::streaming(&database, &[r"public\.t"]).await;
         let client = database.connect().await;
         for id in 0..40 {
             let sql = format!(
@@ -273,9 +268,7 @@ async fn a_server_can_shut_down_while_the_capture_is_paused() {
     let server = Postgres::own(Version::Distribution).await;
     let database = server.database("paused").await;
     database.execute("CREATE TABLE t (id int PRIMARY KEY)").await;
-    let world = World::new(&database, &[r"public\.t"]);
-    let capture = world.start().await;
-    capture.streaming().await;
+    let (world, capture) = World::streaming(&database, &[r"public\.t"]).await;
     capture.pause();
     eventually(Duration::from_secs(30), "paused", async || capture.status.state() == ConnectorState::Paused).await;
     database.execute("INSERT INTO t VALUES (1)").await;
@@ -294,8 +287,7 @@ async fn a_transaction_in_many_batches_goes_on_where_it_was_cut() {
     database.execute("CREATE TABLE t (id int PRIMARY KEY, v text)").await;
     let mut world = World::new(&database, &[r"public\.t"]);
     world.settings.batch_bytes = 16 << 10;
-    let capture = world.start().await;
-    capture.streaming().await;
+    let capture = world.start_streaming().await;
     database.execute("INSERT INTO t SELECT i, repeat('x', 100) FROM generate_series(1, 40000) i").await;
     eventually(Duration::from_secs(30), "some", async || capture.status.counts().applied > 100).await;
     capture.crash().await;
@@ -313,9 +305,7 @@ async fn a_tagged_transaction_names_its_origin_in_every_row() {
     let server = Postgres::shared(Version::Newest).await;
     let database = server.database("origin").await;
     database.execute("CREATE TABLE t (id int PRIMARY KEY)").await;
-    let world = World::new(&database, &[r"public\.t"]);
-    let capture = world.start().await;
-    capture.streaming().await;
+    let (world, capture) = World::streaming(&database, &[r"public\.t"]).await;
     database.execute("INSERT INTO t VALUES (1)").await;
     database
         .execute(
@@ -418,9 +408,7 @@ async fn a_huge_transaction_takes_bounded_memory() {
     let server = Postgres::shared(Version::Distribution).await;
     let database = server.database("huge").await;
     database.execute("CREATE TABLE t (id bigint PRIMARY KEY, v text, n numeric)").await;
-    let world = World::new(&database, &[r"public\.t"]);
-    let capture = world.start().await;
-    capture.streaming().await;
+    let (_world, capture) = World::streaming(&database, &[r"public\.t"]).await;
     let sql = format!("INSERT INTO t SELECT i, repeat('x', 200), i FROM generate_series(1, {count}) i");
     database.connect().await.batch_execute(&sql).await.unwrap();
     let (before, cpu, began) = (resident_mb(), cpu_seconds(), std::time::Instant::now());
@@ -455,9 +443,7 @@ async fn figures() {
              g double precision, h date, i text)",
         )
         .await;
-    let world = World::new(&database, &[r"public\.t"]);
-    let capture = world.start().await;
-    capture.streaming().await;
+    let (_world, capture) = World::streaming(&database, &[r"public\.t"]).await;
     capture.pause();
     eventually(Duration::from_secs(30), "paused", async || capture.status.state() == ConnectorState::Paused).await;
     let sql = format!(

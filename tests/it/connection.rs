@@ -101,8 +101,7 @@ async fn tls_is_spoken_and_an_authority_or_a_name_that_is_not_trusted_is_refused
         assert!(fault.message.contains("TLS: invalid peer certificate"), "{url} {mode}: {fault}");
     }
     world.url = format!("{by_another_name}?sslmode=verify-ca&sslrootcert={}", root.display());
-    let capture = world.start().await;
-    capture.streaming().await;
+    let capture = world.start_streaming().await;
     capture.stop().await.unwrap();
     world.url = format!("{}?sslmode=disable", database.url());
     let fault = world.start().await.ended().await.unwrap_err();
@@ -118,8 +117,7 @@ async fn scram_is_bound_to_the_connection_so_that_nobody_stands_between() {
     database.execute("CREATE TABLE t (id int PRIMARY KEY)").await;
     let mut world = World::new(&database, &[r"public\.t"]);
     world.url = format!("{}?sslmode=require&channel_binding=require", database.url());
-    let capture = world.start().await;
-    capture.streaming().await;
+    let capture = world.start_streaming().await;
     capture.stop().await.unwrap();
 
     let folder = tempfile::tempdir().unwrap();
@@ -136,8 +134,7 @@ async fn scram_is_bound_to_the_connection_so_that_nobody_stands_between() {
     }
     // Who does not mind is let through.
     world.url = format!("{between}?sslmode=require&channel_binding=disable");
-    let capture = world.start().await;
-    capture.streaming().await;
+    let capture = world.start_streaming().await;
     capture.stop().await.unwrap();
 }
 
@@ -172,9 +169,7 @@ async fn a_server_is_answered_while_nobody_takes_what_it_sends() {
     let server = Postgres::own_with(Version::Distribution, options).await;
     let database = server.database("answered").await;
     database.execute("CREATE TABLE t (id int PRIMARY KEY, v text)").await;
-    let world = World::new(&database, &[r"public\.t"]);
-    let capture = world.start().await;
-    capture.streaming().await;
+    let (world, capture) = World::streaming(&database, &[r"public\.t"]).await;
     let client = database.connect().await;
     let before = sender(&client, &world.settings.slot).await.unwrap();
     capture.pause();
@@ -198,7 +193,7 @@ async fn a_server_can_shut_down_when_a_pause_came_while_the_stream_was_opened() 
     database.execute("CREATE TABLE t (id int PRIMARY KEY)").await;
     let gate = Gate::before(server.port(), "START_REPLICATION").await;
     let mut world = World::new(&database, &[r"public\.t"]);
-    world.url = database.url().replace(&format!(":{}/", server.port()), &format!(":{}/", gate.port));
+    world.url = database.url_at(gate.port);
     let capture = world.start().await;
     gate.reached().await;
     capture.pause();
@@ -240,7 +235,7 @@ async fn limits_that_a_role_has_by_default_cut_no_snapshot_short() {
         }
         let gate = Gate::before(server.port(), "COPY (").await;
         let mut world = World::new(&database, &[r"public\.t"]);
-        world.url = database.url().replace(&format!(":{}/", server.port()), &format!(":{}/", gate.port));
+        world.url = database.url_at(gate.port);
         let capture = world.start().await;
         gate.reached().await;
         let reached = Instant::now();
@@ -277,8 +272,7 @@ async fn rows_that_a_policy_hides_from_the_role_are_missed_by_name() {
     let fault = world.start().await.ended().await.unwrap_err();
     assert!(fault.message.contains("row-level security") && fault.message.contains("BYPASSRLS"), "{fault}");
     owner.batch_execute("ALTER TABLE t DISABLE ROW LEVEL SECURITY").await.unwrap();
-    let capture = world.start().await;
-    capture.streaming().await;
+    let capture = world.start_streaming().await;
     wait_for_equality(&world, &owner, "t").await;
     capture.stop().await.unwrap();
 }

@@ -47,8 +47,7 @@ async fn a_server_that_was_set_back_is_noticed() {
     let database = server.database("back").await;
     database.execute("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)").await;
     let mut world = World::new(&database, &[r"public\.t"]);
-    let capture = world.start().await;
-    capture.streaming().await;
+    let capture = world.start_streaming().await;
     capture.stop().await.unwrap();
     // The log has read further than the server now is.
     let mut position = world.position().await.unwrap();
@@ -60,8 +59,7 @@ async fn a_server_that_was_set_back_is_noticed() {
     assert!(fault.message.contains("was set back") && fault.message.contains("when_needed"), "{fault}");
 
     world.settings.snapshot = SnapshotMode::WhenNeeded;
-    let capture = world.start().await;
-    capture.streaming().await;
+    let capture = world.start_streaming().await;
     wait_for_equality(&world, &client, "t").await;
     capture.stop().await.unwrap();
     assert!(world.position().await.unwrap().epoch > position.epoch);
@@ -103,8 +101,7 @@ async fn a_slot_that_lost_its_wal_is_noticed_and_planned_for() {
         let database = server.database("keep").await;
         database.execute("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)").await;
         let mut world = World::new(&database, &[r"public\.t"]);
-        let capture = world.start().await;
-        capture.streaming().await;
+        let capture = world.start_streaming().await;
         capture.stop().await.unwrap();
         let client = database.connect_as_superuser().await;
         client.batch_execute("INSERT INTO t VALUES (2)").await.unwrap();
@@ -133,9 +130,7 @@ async fn a_plan_tells_of_a_server_that_was_set_back_and_of_a_slot_that_is_gone()
     let server = Postgres::shared(Version::Newest).await;
     let database = server.database("planned").await;
     database.execute("CREATE TABLE t (id int PRIMARY KEY)").await;
-    let world = World::new(&database, &[r"public\.t"]);
-    let capture = world.start().await;
-    capture.streaming().await;
+    let (world, capture) = World::streaming(&database, &[r"public\.t"]).await;
     assert!(world.plan().await.problems.is_empty(), "beside a capture that runs");
     capture.stop().await.unwrap();
     let client = database.connect().await;
@@ -173,8 +168,7 @@ async fn a_capture_goes_on_behind_a_failover_with_a_synchronized_slot() {
     database.execute("CREATE TABLE t (id int PRIMARY KEY)").await;
     let mut world = World::new(&database, &[r"public\.t"]);
     world.settings.failover = true;
-    let capture = world.start().await;
-    capture.streaming().await;
+    let capture = world.start_streaming().await;
     let standby = Postgres::standby_of(&primary).await;
     let client = database.connect_as_superuser().await;
     let admin = standby.connect_as("postgres", "postgres").await;
@@ -194,9 +188,8 @@ async fn a_capture_goes_on_behind_a_failover_with_a_synchronized_slot() {
     primary.kill9().await;
     promote(&standby).await;
 
-    world.url = world.url.replace(&format!(":{}/", primary.port()), &format!(":{}/", standby.port()));
-    let capture = world.start().await;
-    capture.streaming().await;
+    world.url = database.url_at(standby.port());
+    let capture = world.start_streaming().await;
     let client = standby.connect_as("tidegate", &database.name).await;
     client.batch_execute("INSERT INTO t VALUES (100000)").await.unwrap();
     let changes = world.wait_for_changes("shop.public.t", next + 1).await;
@@ -214,8 +207,7 @@ async fn a_failover_that_lost_what_the_log_has_is_named() {
         let database = primary.database("diverged").await;
         database.execute("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)").await;
         let mut world = World::new(&database, &[r"public\.t"]);
-        let capture = world.start().await;
-        capture.streaming().await;
+        let capture = world.start_streaming().await;
         let standby = Postgres::standby_of(&primary).await;
         let client = database.connect().await;
         replayed(&client, &standby).await;
@@ -228,7 +220,7 @@ async fn a_failover_that_lost_what_the_log_has_is_named() {
         standby.start().await;
         promote(&standby).await;
 
-        world.url = world.url.replace(&format!(":{}/", primary.port()), &format!(":{}/", standby.port()));
+        world.url = database.url_at(standby.port());
         let client = standby.connect_as("tidegate", &database.name).await;
         for round in 0..2 {
             let fault = world.start().await.ended().await.unwrap_err();
@@ -240,8 +232,7 @@ async fn a_failover_that_lost_what_the_log_has_is_named() {
         }
         let epoch = world.position().await.unwrap().epoch;
         world.settings.snapshot = SnapshotMode::WhenNeeded;
-        let capture = world.start().await;
-        capture.streaming().await;
+        let capture = world.start_streaming().await;
         client.batch_execute("INSERT INTO t VALUES (20)").await.unwrap();
         world.wait_for_changes("shop.public.t", 6).await;
         capture.stop().await.unwrap();

@@ -28,8 +28,7 @@ async fn columns_left_out_are_in_no_value_and_no_schema_and_stay_in_keys() {
         let list = |text: &str| Some(text).filter(|text| !text.is_empty()).map(|text| pattern(text).unwrap());
         world.settings.encoding.columns.include = list(include).into_iter().collect();
         world.settings.encoding.columns.exclude = list(exclude).into_iter().collect();
-        let capture = world.start().await;
-        capture.streaming().await;
+        let capture = world.start_streaming().await;
         database.execute("UPDATE t SET v = 'b'; DELETE FROM t; INSERT INTO t VALUES (1, 's', 'NaN', 'a')").await;
         let changes = world.wait_for_changes("shop.public.t", 4).await;
         assert_eq!(letters(&changes), "rudc");
@@ -49,8 +48,7 @@ async fn heartbeats_come_at_their_interval_also_without_changes() {
     database.execute("CREATE TABLE t (id int PRIMARY KEY)").await;
     let mut world = World::new(&database, &[r"public\.t"]);
     world.settings.heartbeat = Some(Duration::from_millis(300));
-    let capture = world.start().await;
-    capture.streaming().await;
+    let capture = world.start_streaming().await;
     let topic = "__debezium-heartbeat.shop";
     let beats = eventually(Duration::from_secs(30), "heartbeats", async || {
         let beats = world.raw(topic).await;

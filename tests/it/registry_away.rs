@@ -61,8 +61,7 @@ async fn a_schema_that_the_registry_refuses_stops_the_capture_by_name_or_gets_an
         let _worker = keeper.start().await;
         let mut world = World::with_registry(&database, &[r"public\.t"], client.clone());
         world.settings.incompatible = incompatible;
-        let capture = world.start().await;
-        capture.streaming().await;
+        let capture = world.start_streaming().await;
         set_level(&keeper, "shop.public.t-value", "BACKWARD").await;
         database
             .execute(
@@ -102,8 +101,7 @@ async fn a_registry_that_hangs_holds_up_no_stop() {
     let (keeper, client) = registry(&of_keeper);
     let worker = keeper.start().await;
     let world = World::with_registry(&database, &[r"public\.t"], client);
-    let capture = world.start().await;
-    capture.streaming().await;
+    let capture = world.start_streaming().await;
     worker.signal("STOP");
     database.execute("ALTER TABLE t ADD v text; INSERT INTO t VALUES (1, 'x')").await;
     capture.stop().await.unwrap();

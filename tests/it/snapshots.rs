@@ -53,8 +53,7 @@ async fn a_killed_snapshot_continues_with_the_tables_left_and_leaves_no_ghosts()
                 .await
                 .unwrap();
         }
-        let capture = world.start().await;
-        capture.streaming().await;
+        let capture = world.start_streaming().await;
         client.batch_execute("UPDATE t SET v = 'last' WHERE id < 50").await.unwrap();
         wait_for_equality(&world, &client, "t").await;
         wait_for_equality(&world, &client, "a_small").await;
@@ -93,8 +92,7 @@ async fn a_killed_snapshot_whose_slot_is_lost_is_begun_anew_with_another() {
     let drop = "SELECT pg_drop_replication_slot($1)";
     eventually(Duration::from_secs(10), "dropped", async || client.execute(drop, &[&slot]).await).await;
     client.batch_execute("INSERT INTO t VALUES (170000, 'new')").await.unwrap();
-    let capture = world.start().await;
-    capture.streaming().await;
+    let capture = world.start_streaming().await;
     client.batch_execute("INSERT INTO t VALUES (170001, 'newer')").await.unwrap();
     wait_for_equality(&world, &client, "t").await;
     capture.stop().await.unwrap();
@@ -109,7 +107,7 @@ async fn rewritten_in_between(version: Version, tables: &str, via_root: bool, dd
     let gate = Gate::before(server.port(), "SET TRANSACTION SNAPSHOT").await;
     let mut world = World::new(&database, &[r"public\..*"]);
     world.settings.via_root = via_root;
-    world.url = database.url().replace(&format!(":{}/", server.port()), &format!(":{}/", gate.port));
+    world.url = database.url_at(gate.port);
     let capture = world.start().await;
     gate.reached().await;
     database.execute(ddl).await;
@@ -160,9 +158,7 @@ async fn the_last_row_of_a_snapshot_says_so_whatever_tables_are_empty() {
              INSERT INTO b VALUES (1), (2), (3); INSERT INTO d VALUES (1), (2)",
         )
         .await;
-    let world = World::new(&database, &[r"public\..*"]);
-    let capture = world.start().await;
-    capture.streaming().await;
+    let (world, capture) = World::streaming(&database, &[r"public\..*"]).await;
     assert_eq!(markers(&world, "shop.public.b").await, ["first", "true", "last_in_data_collection"]);
     assert_eq!(markers(&world, "shop.public.d").await, ["first_in_data_collection", "last"]);
     capture.stop().await.unwrap();
@@ -175,8 +171,7 @@ async fn without_data_only_what_comes_is_captured_and_a_slot_that_is_there_is_go
     database.execute("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)").await;
     let mut world = World::new(&database, &[r"public\.t"]);
     world.settings.snapshot = SnapshotMode::NoData;
-    let capture = world.start().await;
-    capture.streaming().await;
+    let capture = world.start_streaming().await;
     database.execute("INSERT INTO t VALUES (2)").await;
     assert_eq!(letters(&world.wait_for_changes("shop.public.t", 1).await), "c");
     capture.stop().await.unwrap();
@@ -220,12 +215,10 @@ async fn always_reads_at_every_start_and_still_streams_what_was_committed_in_bet
     database.execute("CREATE TABLE t (id int PRIMARY KEY, v int); INSERT INTO t VALUES (1, 1), (2, 1)").await;
     let mut world = World::new(&database, &[r"public\.t"]);
     world.settings.snapshot = SnapshotMode::Always;
-    let capture = world.start().await;
-    capture.streaming().await;
+    let capture = world.start_streaming().await;
     capture.stop().await.unwrap();
     database.execute("DELETE FROM t WHERE id = 2; INSERT INTO t VALUES (3, 1)").await;
-    let capture = world.start().await;
-    capture.streaming().await;
+    let capture = world.start_streaming().await;
     let changes = world.wait_for_changes("shop.public.t", 6).await;
     assert_eq!(letters(&changes), "rrrrdc", "the second reading, then what the first one's slot kept");
     let lsns: Vec<_> = changes.iter().filter(|c| c.operation == Operation::Read).map(|c| c.lsn).collect();

@@ -18,9 +18,7 @@ async fn tables_made_made_again_or_swapped_while_running_are_captured_whole() {
                  INSERT INTO a VALUES (1, 'first'); INSERT INTO b VALUES (1)",
             )
             .await;
-        let world = World::new(&database, &[r"public\.[abc]"]);
-        let capture = world.start().await;
-        capture.streaming().await;
+        let (world, capture) = World::streaming(&database, &[r"public\.[abc]"]).await;
         let client = database.connect().await;
         client.batch_execute("CREATE TABLE c (id int PRIMARY KEY); INSERT INTO c VALUES (1), (2)").await.unwrap();
         wait_for_equality(&world, &client, "c").await;
@@ -66,9 +64,7 @@ async fn a_table_of_somebody_else_is_told_and_holds_nothing_up() {
     let server = Postgres::shared(Version::Distribution).await;
     let database = server.database("others").await;
     database.execute("CREATE TABLE a (id int PRIMARY KEY)").await;
-    let world = World::new(&database, &[r"public\..*"]);
-    let capture = world.start().await;
-    capture.streaming().await;
+    let (world, capture) = World::streaming(&database, &[r"public\..*"]).await;
     let owner = database.connect_as_superuser().await;
     owner.batch_execute("CREATE TABLE b (id int PRIMARY KEY); GRANT SELECT ON b TO tidegate").await.unwrap();
     crate::support::eventually(std::time::Duration::from_secs(30), "it is told", async || {
@@ -97,7 +93,7 @@ async fn a_table_altered_while_a_snapshot_begins_is_read_as_it_is_then() {
             .await;
         let gate = Gate::before(server.port(), "SET TRANSACTION SNAPSHOT").await;
         let mut world = World::new(&database, &[r"public\..*"]);
-        world.url = database.url().replace(&format!(":{}/", server.port()), &format!(":{}/", gate.port));
+        world.url = database.url_at(gate.port);
         let capture = world.start().await;
         gate.reached().await;
         database.execute(ddl).await;
@@ -123,8 +119,7 @@ async fn a_table_changed_in_every_way_within_a_transaction_keeps_every_row() {
             .await;
         let mut world = World::new(&database, &[r".*\.[tuvw]"]);
         world.settings.skipped.clear();
-        let capture = world.start().await;
-        capture.streaming().await;
+        let capture = world.start_streaming().await;
         let client = database.connect().await;
         client
             .batch_execute(
@@ -176,8 +171,7 @@ async fn a_publication_of_some_columns_and_rows_is_read_as_it_is_streamed() {
                 world.settings.publication
             ))
             .await;
-        let capture = world.start().await;
-        capture.streaming().await;
+        let capture = world.start_streaming().await;
         database.execute("INSERT INTO t VALUES (0, 's', 0), (3, 's', 3); INSERT INTO g VALUES (2)").await;
         let rows: Vec<_> =
             world.wait_for_changes("shop.public.t", 2).await.into_iter().map(|change| change.after).collect();
@@ -202,4 +196,56 @@ async fn two_tables_that_would_share_a_topic_are_refused_by_name() {
     );
     let problems = world.plan().await.problems;
     assert!(problems.iter().any(|problem| problem.contains("public.a b")), "{problems:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tables_of_every_kind_have_their_own_rows_and_keys() {
+    for version in Version::ALL {
+        let server = Postgres::shared(version).await;
+        let database = server.database("kinds").await;
+        database
+            .execute(
+                "CREATE TABLE parent (id int PRIMARY KEY, v text); CREATE TABLE child (w int, PRIMARY KEY (id)) INHERITS (parent); \
+                 CREATE UNLOGGED TABLE fleeting (id int PRIMARY KEY); CREATE TEMP TABLE passing (id int); \
+                 CREATE TABLE silent (id int PRIMARY KEY, v text); ALTER TABLE silent REPLICA IDENTITY NOTHING; \
+                 CREATE TABLE numbered (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, v text); \
+                 CREATE TABLE bare (); CREATE TABLE keyless (v text); \
+                 INSERT INTO parent VALUES (1, 'a'); INSERT INTO child VALUES (2, 'b', 5); \
+                 INSERT INTO fleeting VALUES (1); INSERT INTO silent VALUES (1, 'x'); INSERT INTO numbered (v) VALUES ('n'); \
+                 INSERT INTO bare DEFAULT VALUES; INSERT INTO keyless VALUES ('k')",
+            )
+            .await;
+        let (world, capture) = World::streaming(&database, &[r"public\..*"]).await;
+        database
+            .execute(
+                "INSERT INTO parent VALUES (3, 'c'); INSERT INTO child VALUES (4, 'd', 6); \
+                 INSERT INTO silent VALUES (2, 'y'); INSERT INTO numbered (v) VALUES ('m'); \
+                 INSERT INTO bare DEFAULT VALUES; INSERT INTO keyless VALUES ('l'); INSERT INTO fleeting VALUES (2); \
+                 ALTER TABLE fleeting SET LOGGED",
+            )
+            .await;
+        let after = async |table: &str, count: usize| -> Vec<_> {
+            let changes = world.wait_for_changes(&format!("shop.public.{table}"), count).await;
+            changes.into_iter().map(|change| (change.key, change.after)).collect()
+        };
+        let id = |id: i32| json!({ "id": id });
+        assert_eq!(
+            after("parent", 2).await,
+            [(id(1), json!({"id": 1, "v": "a"})), (id(3), json!({"id": 3, "v": "c"}))]
+        );
+        assert_eq!(
+            after("child", 2).await,
+            [(id(2), json!({"id": 2, "v": "b", "w": 5})), (id(4), json!({"id": 4, "v": "d", "w": 6}))]
+        );
+        let silent = after("silent", 2).await;
+        assert_eq!(silent[1], (id(2), json!({"id": 2, "v": "y"})));
+        let numbered = after("numbered", 2).await;
+        assert_eq!(numbered[1], (id(2), json!({"id": 2, "v": "m"})));
+        let keyless = after("keyless", 2).await;
+        assert!(keyless.iter().all(|(key, _)| key.is_null()), "{keyless:?}");
+        assert_eq!(after("bare", 1).await[0].1, json!({}));
+        // What is logged from now on is taken whole.
+        assert_eq!(after("fleeting", 2).await.iter().map(|(key, _)| key.clone()).collect::<Vec<_>>(), [id(1), id(2)]);
+        capture.stop().await.unwrap();
+    }
 }

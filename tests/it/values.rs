@@ -33,9 +33,7 @@ async fn an_unchanged_toast_value_of_any_array_is_left_out_and_no_null() {
             external.join(", ")
         ))
         .await;
-    let world = World::new(&database, &[r"public\.t"]);
-    let capture = world.start().await;
-    capture.streaming().await;
+    let (world, capture) = World::streaming(&database, &[r"public\.t"]).await;
     let client = database.connect().await;
     client.batch_execute("SET lc_monetary = 'C'").await.unwrap();
     client.batch_execute(&format!("INSERT INTO t VALUES (1, 'a', {})", values.join(", "))).await.unwrap();
@@ -61,9 +59,7 @@ async fn types_that_only_look_like_arrays_and_arrays_with_marks_of_their_own() {
                  ARRAY[box '(2,2),(1,1)', NULL], '{1,NULL,3}', ARRAY[ROW(1, 'x,\"y')::pair, NULL], '[5:6]={7,8}')",
             )
             .await;
-        let world = World::new(&database, &[r"public\.t"]);
-        let capture = world.start().await;
-        capture.streaming().await;
+        let (world, capture) = World::streaming(&database, &[r"public\.t"]).await;
         database.execute("UPDATE t SET id = id").await;
         let changes = world.wait_for_changes("shop.public.t", 2).await;
         assert_eq!(letters(&changes), "ru");
@@ -90,8 +86,7 @@ async fn an_infinite_interval_is_the_end_of_the_range_or_its_name() {
         let mut world = World::new(&database, &[r"public\.t"]);
         world.settings.slot += interval.name();
         world.settings.encoding.interval = interval;
-        let capture = world.start().await;
-        capture.streaming().await;
+        let capture = world.start_streaming().await;
         database.execute("UPDATE t SET a = '-infinity'; UPDATE t SET a = 'infinity'").await;
         world.wait_for_changes("shop.public.t", 3).await;
         let values: Vec<_> =
@@ -112,8 +107,7 @@ async fn a_null_of_the_old_row_stays_one_where_the_whole_row_is_told() {
     database.execute("CREATE TABLE t (id int PRIMARY KEY, n int); ALTER TABLE t REPLICA IDENTITY FULL; INSERT INTO t VALUES (1, NULL), (2, NULL)").await;
     let mut world = World::new(&database, &[r"public\.t"]);
     world.settings.snapshot = tidegate::sources::postgres::SnapshotMode::NoData;
-    let capture = world.start().await;
-    capture.streaming().await;
+    let capture = world.start_streaming().await;
     capture.stop().await.unwrap();
     database.execute("UPDATE t SET n = 5 WHERE id = 1; DELETE FROM t WHERE id = 2").await;
     database.execute("ALTER TABLE t ALTER n SET NOT NULL").await;

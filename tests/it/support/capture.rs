@@ -81,6 +81,13 @@ impl World {
         Self::with_registry(database, tables, Arc::new(MemoryRegistry::default()))
     }
 
+    /// One whose capture has read what there is, and streams.
+    pub async fn streaming(database: &Database<'_>, tables: &[&str]) -> (Self, Running) {
+        let world = Self::new(database, tables);
+        let capture = world.start_streaming().await;
+        (world, capture)
+    }
+
     pub fn with_registry(database: &Database<'_>, tables: &[&str], registry: Arc<dyn Registry>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let log = EmbeddedLog::open(EmbeddedSettings::new(folder.path())).unwrap();
@@ -142,6 +149,13 @@ impl World {
         );
         let task = tokio::spawn(async move { tidegate::pipeline::run(source, destination, &context).await });
         Running { status, signal, abort, task }
+    }
+
+    /// Starts it, and waits until it streams.
+    pub async fn start_streaming(&self) -> Running {
+        let capture = self.start().await;
+        capture.streaming().await;
+        capture
     }
 
     /// All records of a topic so far; none where it is not there.

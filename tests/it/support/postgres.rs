@@ -281,7 +281,12 @@ pub struct Database<'a> {
 impl Database<'_> {
     /// `postgres://tidegate:tidegate@127.0.0.1:PORT/NAME`.
     pub fn url(&self) -> String {
-        format!("postgres://tidegate:tidegate@127.0.0.1:{}/{}", self.server.port, self.name)
+        self.url_at(self.server.port)
+    }
+
+    /// The same behind another port: a gate's, a standby's.
+    pub fn url_at(&self, port: u16) -> String {
+        format!("postgres://tidegate:tidegate@127.0.0.1:{port}/{}", self.name)
     }
 
     /// The same without the password, which is `tidegate`.
