@@ -9,9 +9,10 @@ use super::output;
 use super::{CliError, FAILED, Global, UNREACHABLE};
 use crate::worker::{self, Access, Resources, World, load};
 
-/// Show what a connector would do now: the exact requests of a sink, the rows of a pull
+/// Show what a connector would do now: the exact requests of a sink, the rows of a pull, events of a capture
 ///
-/// Nothing is sent, written or committed. A sink reads the next records of its group, a pull asks for one page.
+/// Nothing is sent, written or committed. A sink reads the next records of its group, a pull asks for one page and
+/// shows what it would change, a capture shows rows as its snapshot would.
 #[derive(Args)]
 #[command(after_help = "\
 Examples:
@@ -19,8 +20,8 @@ Examples:
   tidegate preview erp-products --limit 3 --output json")]
 pub struct Preview {
     connector: String,
-    /// How many requests or rows, at the most
-    #[arg(long, default_value_t = 10, value_name = "N")]
+    /// How many records, rows or events, at the most
+    #[arg(long, default_value_t = 10, value_name = "N", value_parser = at_least_one)]
     limit: usize,
 }
 
@@ -66,14 +67,20 @@ impl Preview {
     }
 }
 
+fn at_least_one(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|number| *number > 0).ok_or_else(|| "it is a number from 1".to_owned())
+}
+
 /// What is done with which record in one line, below it the requests with their bodies, and what else there is to say.
 fn for_people(one: &Value) -> String {
     let Some(fields) = one.as_object() else { return format!("{one}\n") };
     let word =
         |name: &str| fields.get(name).map(|value| value.as_str().map_or_else(|| value.to_string(), str::to_owned));
+    // A capture's are events.
+    let event = fields.get("value").map(|_| "event".to_owned());
     let mut text = format!(
         "{} {}\n",
-        word("does").or(word("do")).unwrap_or_default(),
+        word("does").or(word("do")).or(event).unwrap_or_default(),
         word("key").or(word("record")).or(word("id")).unwrap_or_default()
     );
     for request in fields.get("requests").and_then(Value::as_array).into_iter().flatten() {

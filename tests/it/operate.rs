@@ -169,7 +169,7 @@ async fn a_preview_shows_the_exact_requests_and_rows_and_neither_sends_nor_write
     office.workshop.connector(
         "pull.yaml",
         "name: contacts\ntype: http-pull\nsystem: crm\nobject: contact\nrequest: GET /customers\n\
-         into: public.contacts\nmap: '{ id, name }'\n",
+         into: public.contacts\nmap: '{ id, name }'\nevery: 200ms\n",
     );
     let shown = json(&office.workshop.ask(["preview", "contacts", "--output", "json"]).await);
     assert_eq!(shown.as_array().unwrap().len(), 1, "{shown}");
@@ -186,6 +186,18 @@ async fn a_preview_shows_the_exact_requests_and_rows_and_neither_sends_nor_write
         office.workshop.ask(["preview", &office.sink]).await == "nothing to do now\n"
     })
     .await;
+    // Of a page only what would change something is shown, and counts against the limit.
+    eventually(SOON, "the pull has nothing to do", async || {
+        office.workshop.ask(["preview", "contacts"]).await == "nothing to do now\n"
+    })
+    .await;
+    office.workshop.ask(["connectors", "pause", "contacts"]).await;
+    office.workshop.until_state("contacts", "PAUSED").await;
+    office.crm.add(json!({"id": 8, "name": "Eve", "ref": 0}));
+    let human = office.workshop.ask(["preview", "contacts", "--limit", "1"]).await;
+    assert!(human.contains("Eve") && human.starts_with("insert"), "{human}");
+    let human = office.workshop.ask(["preview", &office.capture, "--limit", "1"]).await;
+    assert!(human.starts_with("event {\"id\":1}\n") && human.lines().count() == 3, "{human}");
     let output = office.workshop.cli(["preview", "no-such"]).await;
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&output.stderr).contains(&office.sink), "{output:?}");

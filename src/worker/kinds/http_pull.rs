@@ -110,11 +110,14 @@ impl Connector for Settings {
         Ok(plan)
     }
 
-    /// What the first page of a run would do to the table now; nothing is written.
+    /// What the first page of a run would do to the table now; nothing is written. Records that would change nothing
+    /// are left out.
     async fn preview(&self, context: &ConnectorContext, limit: usize) -> Result<Vec<Value>, Fault> {
-        let mut page = self.source(context).preview().await?;
-        page.records.truncate(limit);
-        self.sink(context, None).preview(&page).await
+        let page = self.source(context).preview().await?;
+        let mut shown = self.sink(context, None).preview(&page).await?;
+        shown.retain(|decided| decided["do"] != "nothing");
+        shown.truncate(limit);
+        Ok(shown)
     }
 
     async fn reset(&self, context: &ConnectorContext, to: &ResetTo) -> Result<String, Fault> {
