@@ -11,9 +11,10 @@ FROM debian:bookworm-slim
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates libssl3 zlib1g \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --system --create-home --home-dir /var/lib/tidegate tidegate
+    && useradd --uid 10001 --create-home --home-dir /var/lib/tidegate tidegate
 COPY --from=build /usr/local/bin/tidegate /usr/local/bin/tidegate
-USER tidegate
+# By number, so that a cluster can tell that it is not root.
+USER 10001
 WORKDIR /var/lib/tidegate
 VOLUME /var/lib/tidegate
 EXPOSE 8080
