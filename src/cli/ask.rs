@@ -7,13 +7,13 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::{CliError, FAILED, UNREACHABLE};
-use crate::worker::RestSettings;
+use crate::worker::{RestSettings, WorkerSettings, longest};
 
 const CONNECT: Duration = Duration::from_secs(5);
 /// What is only looked up is there at once.
 const LOOK: Duration = Duration::from_secs(15);
-/// A reset drains the connector first.
-const COMMAND: Duration = Duration::from_secs(160);
+/// The worker answers late rather than not at all: a reset drains the connector first.
+const LATE: Duration = Duration::from_secs(10);
 
 pub struct Ask {
     client: reqwest::Client,
@@ -22,13 +22,14 @@ pub struct Ask {
 }
 
 impl Ask {
-    pub fn new(settings: &RestSettings) -> Result<Self, CliError> {
+    pub fn new(settings: &WorkerSettings) -> Result<Self, CliError> {
         let client = reqwest::Client::builder()
             .connect_timeout(CONNECT)
-            .timeout(COMMAND)
+            .timeout(longest(settings.drain) + LATE)
             .no_proxy()
             .build()
             .map_err(|error| CliError::new(FAILED, error.to_string()))?;
+        let settings = &settings.rest;
         let mut address = settings.listen;
         if address.ip().is_unspecified() {
             address.set_ip(std::net::Ipv4Addr::LOCALHOST.into());

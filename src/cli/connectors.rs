@@ -64,7 +64,7 @@ enum Command {
 
 impl Connectors {
     pub async fn run(self, global: &Global) -> Result<ExitCode, CliError> {
-        let ask = Ask::new(&global.settings()?.rest)?;
+        let ask = Ask::new(&global.settings()?)?;
         let (connector, command, body) = match self.command {
             Command::List => {
                 list(global, &ask).await?;

@@ -30,7 +30,7 @@ pub struct Status {
 
 impl Status {
     pub async fn run(self, global: &Global) -> Result<ExitCode, CliError> {
-        let ask = Ask::new(&global.settings()?.rest)?;
+        let ask = Ask::new(&global.settings()?)?;
         if !self.watch {
             let report: StatusReport = ask.get("/status").await?;
             show(global, &report, "")?;

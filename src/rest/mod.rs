@@ -29,17 +29,13 @@ use connections::Limits;
 pub use connectors::reset_body;
 pub use metrics::{METRICS, Metrics};
 
-use crate::worker::Worker;
+use crate::worker::{Worker, longest};
 
 const BODY: usize = 1 << 20;
-const REQUEST: Duration = Duration::from_secs(150);
 const CLOSE: Duration = Duration::from_secs(1);
-const LIMITS: Limits = Limits {
-    connections: 256,
-    head: Duration::from_secs(30),
-    age: Duration::from_secs(600),
-    last: REQUEST.saturating_add(Duration::from_secs(30)),
-};
+const CONNECTIONS: usize = 256;
+const HEAD: Duration = Duration::from_secs(30);
+const AGE: Duration = Duration::from_secs(600);
 /// How often the samples of histograms are folded into their buckets, whether anybody asks for them or not.
 const FOLD: Duration = Duration::from_secs(10);
 
@@ -63,7 +59,9 @@ impl Server {
         let listener = TcpListener::bind(settings.listen).await?;
         let address = listener.local_addr()?;
         let stop = CancellationToken::new();
-        let router = router(worker, metrics.clone());
+        let request = longest(worker.settings().drain);
+        let limits = Limits { connections: CONNECTIONS, head: HEAD, age: AGE, last: request + HEAD };
+        let router = router(worker, metrics.clone(), request);
         let stopped = stop.clone();
         let task = tokio::spawn(async move {
             let mut fold = tokio::time::interval(FOLD);
@@ -74,7 +72,7 @@ impl Server {
                 }
             };
             tokio::select! {
-                () = connections::serve(listener, router, LIMITS, stopped) => {}
+                () = connections::serve(listener, router, limits, stopped) => {}
                 () = folded => {}
             }
         });
@@ -99,7 +97,8 @@ impl Drop for Server {
     }
 }
 
-fn router(worker: Worker, metrics: Metrics) -> Router {
+/// A request has `within` to be answered.
+fn router(worker: Worker, metrics: Metrics, within: Duration) -> Router {
     let settings = worker.settings().rest.clone();
     let builtin = worker.resources().builtin.clone();
     let shared = Shared { worker, metrics };
@@ -122,13 +121,13 @@ fn router(worker: Worker, metrics: Metrics) -> Router {
         .fallback(nothing_here)
         .method_not_allowed_fallback(not_so)
         .layer(DefaultBodyLimit::max(BODY))
-        .layer(middleware::from_fn(deadline))
+        .layer(middleware::from_fn_with_state(within, deadline))
 }
 
-async fn deadline(request: Request, next: Next) -> Response {
-    match tokio::time::timeout(REQUEST, next.run(request)).await {
+async fn deadline(State(within): State<Duration>, request: Request, next: Next) -> Response {
+    match tokio::time::timeout(within, next.run(request)).await {
         Ok(response) => response,
-        Err(_) => error(StatusCode::GATEWAY_TIMEOUT, format!("no answer within {} s", REQUEST.as_secs())),
+        Err(_) => error(StatusCode::GATEWAY_TIMEOUT, format!("no answer within {} s", within.as_secs())),
     }
 }
 

@@ -5,6 +5,7 @@
 
 use std::any::Any;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
@@ -19,8 +20,15 @@ use crate::pipeline::{ConnectorState, Control, Fault, FaultKind, ResetTo, Signal
 /// After the drain's deadline everything is dropped; a task that still does not end after this is cut off.
 pub const ABORT: Duration = Duration::from_secs(2);
 const RESET: Duration = Duration::from_secs(120);
+/// Commands of people that may wait for their turn; a connector that is being reset takes none meanwhile.
+const MOST_WAITING: usize = 16;
 /// A connector that has run this long starts its next backoff from the beginning.
 const SETTLED: Duration = Duration::from_secs(60);
+
+/// How long a command may take when connectors may drain for `drain`.
+pub const fn longest(drain: Duration) -> Duration {
+    drain.saturating_add(ABORT).saturating_add(RESET).saturating_add(Duration::from_secs(8))
+}
 
 enum Command {
     Pause,
@@ -32,7 +40,9 @@ enum Command {
 
 /// The worker's hold on a connector. Dropping it stops the connector.
 pub struct Keeper {
+    /// Bounded by [`Keeper::is_busy`], which whoever passes on the commands of people asks first.
     commands: mpsc::UnboundedSender<Command>,
+    waiting: Arc<AtomicUsize>,
     pub status: Arc<Status>,
     task: JoinHandle<()>,
 }
@@ -47,21 +57,33 @@ impl Keeper {
     ) -> Self {
         let (commands, inbox) = mpsc::unbounded_channel();
         let status = Arc::new(Status::default());
+        let waiting = Arc::new(AtomicUsize::new(0));
+        let inbox = Inbox { commands: inbox, waiting: waiting.clone() };
         let keep = Keep { name, connector, resources, status: status.clone(), inbox, paused, drain, attempts: 0 };
-        Keeper { commands, status, task: tokio::spawn(keep.run()) }
+        Keeper { commands, waiting, status, task: tokio::spawn(keep.run()) }
+    }
+
+    /// So many commands wait already that no further one is to be given.
+    pub fn is_busy(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) >= MOST_WAITING
+    }
+
+    fn send(&self, command: Command) {
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        let _ = self.commands.send(command);
     }
 
     pub fn pause(&self) {
-        let _ = self.commands.send(Command::Pause);
+        self.send(Command::Pause);
     }
 
     pub fn resume(&self) {
-        let _ = self.commands.send(Command::Resume);
+        self.send(Command::Resume);
     }
 
     /// Drains and starts again, with other settings where some are given.
     pub fn restart(&self, connector: Option<Arc<dyn Connector>>) {
-        let _ = self.commands.send(Command::Restart(connector));
+        self.send(Command::Restart(connector));
     }
 
     /// Drains, moves the position, starts again, with other settings where some are given and the move went well.
@@ -71,7 +93,7 @@ impl Keeper {
         connector: Option<Arc<dyn Connector>>,
     ) -> impl Future<Output = Result<String, Fault>> + Send + use<> {
         let (reply, answer) = oneshot::channel();
-        let _ = self.commands.send(Command::Reset(to, connector, reply));
+        self.send(Command::Reset(to, connector, reply));
         async {
             answer.await.unwrap_or_else(|_| Err(Fault::stop("the connector was stopped before it could be reset")))
         }
@@ -79,7 +101,7 @@ impl Keeper {
 
     /// Asks to drain within `deadline`; [`Keeper::ended`] or `wait` tell when it is over.
     pub fn stop(&self, deadline: Duration) {
-        let _ = self.commands.send(Command::Stop(deadline));
+        self.send(Command::Stop(deadline));
     }
 
     pub fn ended(&self) -> bool {
@@ -91,12 +113,25 @@ impl Keeper {
     }
 }
 
+struct Inbox {
+    commands: mpsc::UnboundedReceiver<Command>,
+    waiting: Arc<AtomicUsize>,
+}
+
+impl Inbox {
+    async fn recv(&mut self) -> Option<Command> {
+        let command = self.commands.recv().await?;
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+        Some(command)
+    }
+}
+
 struct Keep {
     name: Arc<str>,
     connector: Arc<dyn Connector>,
     resources: Resources,
     status: Arc<Status>,
-    inbox: mpsc::UnboundedReceiver<Command>,
+    inbox: Inbox,
     paused: bool,
     drain: Duration,
     /// Starts that ended in a passing fault, since the connector last ran for a while.
@@ -194,7 +229,8 @@ impl Keep {
             }
             Some(Command::Resume) => {
                 self.paused = false;
-                Next::Rest(until)
+                // Whoever says so has seen to what it failed over.
+                if self.status.state() == ConnectorState::Failed { Next::Start } else { Next::Rest(until) }
             }
             Some(command) => self.obey(command).await,
             None => Next::End,

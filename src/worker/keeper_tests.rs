@@ -161,3 +161,32 @@ async fn a_connector_that_does_not_drain_is_cut_off_after_the_deadline() {
     timeout(Duration::from_secs(10), keeper.wait()).await.unwrap();
     assert_eq!(connector.running.load(Ordering::SeqCst), 0);
 }
+
+#[tokio::test]
+async fn a_connector_that_failed_goes_on_when_it_is_told_to() {
+    let folder = tempfile::tempdir().unwrap();
+    let connector = Scripted::new(vec![Ending::Fault(Fault::stop("no such table"))]);
+    let keeper = start(&connector, false, folder.path());
+    until("failed", || keeper.status.state() == ConnectorState::Failed).await;
+    keeper.pause();
+    keeper.resume();
+    until("running", || keeper.status.state() == ConnectorState::Running).await;
+}
+
+#[tokio::test]
+async fn commands_that_wait_for_a_long_one_are_not_gathered_without_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let connector = Scripted::new(vec![Ending::Deaf]);
+    let keeper = start(&connector, false, folder.path());
+    until("started", || connector.starts.load(Ordering::SeqCst) == 1).await;
+    // It does not drain, and so keeps the restart, and what comes after it, waiting.
+    keeper.restart(None);
+    until("the restart is under way", || keeper.waiting.load(Ordering::SeqCst) == 0).await;
+    for _ in 0..MOST_WAITING {
+        assert!(!keeper.is_busy());
+        keeper.pause();
+    }
+    assert!(keeper.is_busy());
+    until("they have had their turn", || !keeper.is_busy()).await;
+    until("paused", || keeper.status.state() == ConnectorState::Paused).await;
+}

@@ -29,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 use folder::{Files, Folder};
 use state::State;
 
-pub use keeper::Keeper;
+pub use keeper::{Keeper, longest};
 pub use kinds::World;
 pub use report::{ConnectorReport, Health, LossReport, Orphan, StatusReport, Trouble};
 pub use resources::{Access, OpenError, Resources, open_log, open_registry};
@@ -171,6 +171,7 @@ impl Worker {
 
     pub async fn set_paused(&self, name: &str, paused: bool) -> Result<(), CommandError> {
         let mut roster = self.inside.roster.lock().await;
+        takes_commands(&roster, name)?;
         match roster.set_paused(name, paused) {
             Some(saved) => saved.map_err(|error| CommandError::Failed(error.to_string())),
             None => Err(unknown(&roster, name)),
@@ -179,6 +180,7 @@ impl Worker {
 
     pub async fn restart(&self, name: &str) -> Result<(), CommandError> {
         let mut roster = self.inside.roster.lock().await;
+        takes_commands(&roster, name)?;
         match roster.restart(name) {
             Some(started) => started.map_err(CommandError::Failed),
             None => Err(unknown(&roster, name)),
@@ -189,6 +191,7 @@ impl Worker {
     pub async fn reset(&self, name: &str, to: ResetTo) -> Result<String, CommandError> {
         let reset = {
             let roster = self.inside.roster.lock().await;
+            takes_commands(&roster, name)?;
             match roster.get(name) {
                 Some(entry) => entry.keeper.reset(to, None),
                 None => return Err(unknown(&roster, name)),
@@ -203,6 +206,7 @@ impl Worker {
         let failed = |fault: Fault| CommandError::Failed(fault.to_string());
         let (connector, running) = {
             let roster = self.inside.roster.lock().await;
+            takes_commands(&roster, name)?;
             let Some(connector) = roster.of_another_identity(name).map_err(CommandError::Failed)? else {
                 return Ok(format!("'{name}' is as its file says; nothing to do"));
             };
@@ -263,6 +267,16 @@ impl Worker {
             Ok(closed) => closed,
             Err(_) => Err(Fault::retry(format!("the log did not close within {CLOSE:?}"))),
         }
+    }
+}
+
+/// A connector in the middle of a long command gathers no endless row of further ones.
+fn takes_commands(roster: &Roster, name: &str) -> Result<(), CommandError> {
+    match roster.get(name) {
+        Some(entry) if entry.keeper.is_busy() => Err(CommandError::Failed(format!(
+            "'{name}' has commands waiting already. hint: 'tidegate status' shows what it does; ask again later"
+        ))),
+        _ => Ok(()),
     }
 }
 
