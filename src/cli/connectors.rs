@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::{Value, json};
 
 use super::ask::Ask;
@@ -12,7 +13,7 @@ use super::{CliError, FAILED, Global, USAGE};
 use crate::log::StartAt;
 use crate::pipeline::ResetTo;
 use crate::rest::reset_body;
-use crate::worker::{ConnectorReport, is_name};
+use crate::worker::ConnectorReport;
 
 /// List, pause, resume, restart or reset connectors
 #[derive(Args)]
@@ -80,11 +81,13 @@ impl Connectors {
                 (connector, "reset", Some(reset_body(&to)))
             }
         };
-        if !is_name(&connector) {
+        // Dots alone would lead to another path, however they are written.
+        if connector.chars().all(|character| character == '.') {
             return Err(CliError::new(FAILED, format!("there is no connector '{connector}'"))
                 .hint("'tidegate connectors list' shows what there is"));
         }
-        let answer: Value = ask.post(&format!("/connectors/{connector}/{command}"), body.as_ref()).await?;
+        let segment = utf8_percent_encode(&connector, NON_ALPHANUMERIC);
+        let answer: Value = ask.post(&format!("/connectors/{segment}/{command}"), body.as_ref()).await?;
         if global.json() {
             output::print_json(&answer)?;
         } else {

@@ -33,7 +33,7 @@ pub use keeper::{Keeper, longest};
 pub use kinds::World;
 pub use report::{ConnectorReport, Health, LossReport, Orphan, StatusReport, Trouble};
 pub use resources::{Access, OpenError, Resources, open_log, open_registry};
-pub use roster::{FileProblem, Loaded, is_name, load};
+pub use roster::{FileProblem, Loaded, load};
 pub use settings::{LogSettings, RegistrySettings, RestSettings, WorkerSettings, is_log_level};
 
 use crate::pipeline::{Fault, ResetTo};

@@ -44,7 +44,7 @@ pub fn load(path: &Path, text: &str, world: &World<'_>) -> Result<Loaded, Config
 }
 
 /// Whether a connector may have this name. It is part of topics, groups and paths.
-pub fn is_name(name: &str) -> bool {
+fn is_name(name: &str) -> bool {
     let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     (1..=100).contains(&name.len()) && name.chars().all(good) && !name.chars().all(|c| c == '.')
 }

@@ -131,6 +131,11 @@ async fn a_reader_that_goes_away_ends_it_without_a_word() {
         let run = tokio::process::Command::new("sh").args(["-c", &line]).env("TIDEGATE_CONFIG", &config).output();
         tokio::time::timeout(SOON, run).await.expect("it ends").unwrap()
     };
+    // A name is one part of a path, whatever is in it.
+    for odd in ["../../status?x", "a/b", "..", "a%2Fb"] {
+        let output = workshop.cli(["connectors", "pause", odd]).await;
+        assert!(text(&output.stderr).contains(&format!("there is no connector '{odd}'")), "{output:?}");
+    }
     // An error into a pipe that nobody reads: its exit code is told, and no panic.
     let output = shell("{ TIDEGATE connectors pause none; echo $? >&3; } 3>&1 2>&1 >/dev/null | true").await;
     assert!(!text(&output.stdout).contains("101"), "{output:?}");
