@@ -1,6 +1,7 @@
 //! `${env:NAME}`, `${env:NAME:-default}`, `${file:PATH}`, `${file:PATH:KEY}` in scalars.
 //!
-//! `$${` stands for a literal `${`; `${word}` without a colon is left alone, as Kafka Connect does. What a reference
+//! `$${` stands for a literal `${`; `${word}` without a colon is left alone, as Kafka Connect does, unless it looks like the
+//! name of an environment variable. What a reference
 //! gives is never put into an error.
 
 use std::path::{Path, PathBuf};
@@ -26,6 +27,7 @@ pub(super) fn replace(text: &str, place: &Place) -> Result<(String, bool), Confi
         replaced.push_str(before);
         let word_ends = reference[2..].find(|c: char| !c.is_ascii_alphanumeric() && c != '_').map(|end| end + 2);
         let Some(colon) = word_ends.filter(|end| reference[*end..].starts_with(':') && *end > 2) else {
+            refuse_slip(reference, place)?;
             replaced.push_str("${");
             rest = &reference[2..];
             continue;
@@ -53,6 +55,18 @@ pub(super) fn replace(text: &str, place: &Place) -> Result<(String, bool), Confi
     }
     replaced.push_str(rest);
     Ok((replaced, masked))
+}
+
+/// `${NAME}` and `${env.NAME}`, as other tools write it, would be sent as they stand.
+fn refuse_slip(reference: &str, place: &Place) -> Result<(), ConfigError> {
+    let Some(word) = reference[2..].split_once('}').map(|(word, _)| word) else { return Ok(()) };
+    let name = word.strip_prefix("env.").unwrap_or(word);
+    let is_name = |c: char| c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_';
+    if name.is_empty() || !name.chars().all(is_name) || name.starts_with(|c: char| c.is_ascii_digit()) {
+        return Ok(());
+    }
+    Err(ConfigError::new(place, format!("`${{{word}}}` is not a reference that Tidegate knows"))
+        .hint(format!("${{env:{name}}} is the environment variable; `$${{{word}}}` is the text as it stands")))
 }
 
 fn from_env(argument: &str, place: &Place) -> Result<String, ConfigError> {

@@ -176,6 +176,7 @@ impl Section {
         known.sort_unstable();
         known.dedup();
         match nearest(full, known.iter().copied()) {
+            _ if full.contains('\u{a0}') => error.hint(super::yaml::NO_BREAK_SPACE),
             Some(near) => error.hint(format!("did you mean `{near}`?")),
             None if known.is_empty() => error,
             None => error.hint(format!("known here: {}", known.join(", "))),
@@ -191,6 +192,9 @@ impl Section {
             Some(near) => {
                 let place = left.iter().find(|(name, _)| name == near).map_or(&self.place, |(_, place)| place);
                 error(place).hint(format!("did you mean it by `{near}`?"))
+            }
+            None if self.entries.is_empty() && self.places.is_empty() => {
+                error(&self.place).hint("there is nothing here")
             }
             None => error(&self.place),
         }

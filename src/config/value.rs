@@ -57,23 +57,37 @@ impl FromNode for std::path::PathBuf {
 
 impl FromNode for bool {
     fn from_node(node: Node, name: &str) -> Result<Self, ConfigError> {
-        match node.text(name)?.trim() {
+        match scalar(&node, name, "`true` or `false`")?.trim() {
             "true" | "True" | "TRUE" => Ok(true),
             "false" | "False" | "FALSE" => Ok(false),
+            "yes" | "Yes" | "on" | "On" => Err(node.wrong(name, "`true` or `false`").hint("write `true`")),
+            "no" | "No" | "off" | "Off" => Err(node.wrong(name, "`true` or `false`").hint("write `false`")),
             _ => Err(node.wrong(name, "`true` or `false`")),
         }
     }
 }
 
+/// The text of a scalar that is `wanted`; a map or list is told what would be right.
+fn scalar(node: &Node, name: &str, wanted: &str) -> Result<Spanned<String>, ConfigError> {
+    if node.is_scalar() { node.text(name) } else { Err(node.wrong(name, wanted)) }
+}
+
 fn number<T: FromStr>(node: &Node, name: &str, wanted: &str) -> Result<T, ConfigError> {
-    node.text(name)?.trim().parse().map_err(|_| node.wrong(name, wanted))
+    scalar(node, name, wanted)?.trim().parse().map_err(|_| node.wrong(name, wanted))
 }
 
 macro_rules! whole_numbers {
     ($($type:ty),+) => {$(
         impl FromNode for $type {
             fn from_node(node: Node, name: &str) -> Result<Self, ConfigError> {
-                number(&node, name, &format!("a whole number from {} to {}", <$type>::MIN, <$type>::MAX))
+                let (least, most) = (i128::from(<$type>::MIN as i64), <$type>::MAX as u128);
+                // Nobody counts so far.
+                let wanted = match (least, most) {
+                    (0, 0x1_0000_0000..) => "a whole number, 0 or more".to_owned(),
+                    (_, 0x1_0000_0000..) => "a whole number".to_owned(),
+                    (least, most) => format!("a whole number from {least} to {most}"),
+                };
+                number(&node, name, &wanted)
             }
         }
     )+};
@@ -90,8 +104,8 @@ impl FromNode for f64 {
 
 impl FromNode for Duration {
     fn from_node(node: Node, name: &str) -> Result<Self, ConfigError> {
-        duration(node.text(name)?.trim())
-            .ok_or_else(|| node.wrong(name, "a duration such as `500ms`, `2s`, `5m`, `1h`, `7d`"))
+        const WANTED: &str = "a duration such as `500ms`, `2s`, `5m`, `1h`, `7d`";
+        duration(scalar(&node, name, WANTED)?.trim()).ok_or_else(|| node.wrong(name, WANTED))
     }
 }
 
@@ -166,8 +180,8 @@ impl fmt::Debug for ByteSize {
 
 impl FromNode for ByteSize {
     fn from_node(node: Node, name: &str) -> Result<Self, ConfigError> {
-        byte_size(node.text(name)?.trim())
-            .ok_or_else(|| node.wrong(name, "a number of bytes such as `65536`, `64kb`, `16mb`, `1gb`"))
+        const WANTED: &str = "a number of bytes such as `65536`, `64kb`, `16mb`, `1gb`";
+        byte_size(scalar(&node, name, WANTED)?.trim()).ok_or_else(|| node.wrong(name, WANTED))
     }
 }
 

@@ -39,7 +39,15 @@ pub fn parse_text(text: &str, name: impl AsRef<Path>) -> Result<Node, ConfigErro
     }
     if let Some(at) = text.find('\0') {
         let line = text[..at].matches('\n').count() + 1;
-        return Err(ConfigError::new(&start.at(line as u32, 1), "a NUL byte: this is no text file"));
+        return Err(ConfigError::new(&start.at(line as u32, 1), "a NUL byte: this is no text file")
+            .hint("is it UTF-16? save the file as UTF-8"));
+    }
+    // What could not be read as UTF-8 comes so from those who read the file.
+    if let Some(at) = text.find('\u{fffd}') {
+        let line = text[..at].matches('\n').count() + 1;
+        let column = text[..at].rsplit('\n').next().unwrap_or_default().chars().count() + 1;
+        return Err(ConfigError::new(&start.at(line as u32, column as u32), "a byte that is not UTF-8")
+            .hint("save the file as UTF-8"));
     }
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let mut builder = Builder { start, open: Vec::new(), anchors: HashMap::new(), nodes: 0, documents: 0, root: None };
@@ -251,6 +259,9 @@ fn not_a_name(place: &Place) -> ConfigError {
     )
 }
 
+pub(super) const NO_BREAK_SPACE: &str =
+    "a no-break space, which looks like a space and is none: type a space in its place";
+
 /// What the scanner could not read, said so that the reason is seen.
 fn unreadable(start: &Place, error: &ScanError) -> ConfigError {
     let mark = error.marker();
@@ -267,6 +278,15 @@ fn unreadable(start: &Place, error: &ScanError) -> ConfigError {
     let error = ConfigError::new(&place, format!("this is not YAML: {told}"));
     if indentation.contains('\t') || told.contains("tab") {
         return error.hint("a tab: YAML is indented with spaces only");
+    }
+    if line.contains('\t') {
+        return error.hint("a tab: put spaces in its place");
+    }
+    if line.contains('\u{a0}') {
+        return error.hint(NO_BREAK_SPACE);
+    }
+    if told.contains("quoted scalar") && told.contains("end of stream") {
+        return error.hint("the quote that begins here is not closed");
     }
     let count = |signs: [char; 2]| line.chars().filter(|c| signs.contains(c)).count();
     if told.contains("flow") && count(['{', '[']) > count(['}', ']']) {

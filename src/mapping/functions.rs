@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use super::convert::{from_val, to_val};
 use super::links::Wanted;
-use super::rewrite::{CMP, MATH, TURN};
+use super::rewrite::{CMP, GROWS, HEAVY, ITEM, MATH, TURN};
 use super::watch::Watch;
 
 /// What jaq runs expressions on.
@@ -102,6 +102,12 @@ pub(super) fn functions() -> Vec<Fun<Jq>> {
     add("range", 3, range);
     add("fromjson", 0, |cv| bome(from_json(&cv.1)));
     add("tojson", 0, |cv| bome(to_json(&cv)));
+    add(ITEM, 0, |cv| {
+        cv.0.data().watch.charge(2 * size_of::<Val>());
+        box_once(Ok(cv.1))
+    });
+    add(HEAVY, 0, |cv| charged(cv, 64));
+    add(GROWS, 0, |cv| charged(cv, 6));
     add("link", 2, |cv| link(cv));
     add("link_later", 2, |cv| link_later(cv));
     add("local", 2, |cv| local(cv));
@@ -261,6 +267,14 @@ fn calculate(mut cv: Cv<'_, Jq>, op: Math) -> ValXs<'_, Val> {
     };
     cv.0.data().watch.charge(made);
     bome(op.run(left, right))
+}
+
+/// Charges so many times the text that is passed on.
+fn charged(cv: Cv<'_, Jq>, times: usize) -> ValXs<'_, Val> {
+    if let Val::BStr(text) | Val::TStr(text) = &cv.1 {
+        cv.0.data().watch.charge(text.len().saturating_mul(times));
+    }
+    box_once(Ok(cv.1))
 }
 
 fn size(value: &Val) -> usize {

@@ -203,6 +203,14 @@ fn not_jq(text: &Spanned<String>, at: usize, expected: &str, found: &str) -> Con
         "YAML takes ` #` and what follows as a comment: put quotes around the expression"
     } else if before.trim_end().ends_with("else if") || rest.starts_with("if") && before.trim_end().ends_with("else") {
         "write `elif`"
+    } else if rest.starts_with(['\u{201c}', '\u{201d}', '\u{2018}', '\u{2019}']) {
+        "these are typographic quotes: jq texts are in plain double quotes, \"…\""
+    } else if rest.starts_with('`') {
+        "jq texts are in double quotes: \"…\", with \\(…) for a value inside"
+    } else if rest.starts_with(')') && before.trim_end().ends_with('(') {
+        "a function without arguments is called without `()`"
+    } else if rest.starts_with(':') && before.contains('?') {
+        "write `if … then … else … end`, or `.a // .b` for a default"
     } else if expected == "end" || expected == "else or end" {
         "`if … then … else … end`"
     } else {

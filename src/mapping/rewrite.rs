@@ -9,6 +9,12 @@ use jaq_core::path::{Part, Path};
 
 /// Passes its input on; a step of the watch.
 pub(super) const TURN: &str = "\u{1}turn";
+/// Passes a value of a list that is being made on, and charges for its place.
+pub(super) const ITEM: &str = "\u{1}item";
+/// Passes a text on to what makes far more of it, and charges for that before it is made.
+pub(super) const HEAVY: &str = "\u{1}heavy";
+/// The same for what makes some times more of it.
+pub(super) const GROWS: &str = "\u{1}grows";
 const RIGHT: &str = "$\u{1}right";
 
 pub(super) const MATH: [(Math, &str); 5] =
@@ -86,7 +92,7 @@ pub(super) fn term<'s>(tree: Term<&'s str>, compare: Compare) -> Term<&'s str> {
             };
             Term::Str(format, parts.into_iter().map(part).collect())
         }
-        Term::Arr(inside) => Term::Arr(inside.map(boxed)),
+        Term::Arr(inside) => Term::Arr(inside.map(|inside| Box::new(then(one(*inside), Term::Call(ITEM, Vec::new()))))),
         Term::Obj(fields) => Term::Obj(fields.into_iter().map(|(key, value)| (one(key), value.map(one))).collect()),
         Term::Neg(inside) => Term::Neg(boxed(inside)),
         Term::Label(name, inside) => Term::Label(name, boxed(inside)),
@@ -95,7 +101,17 @@ pub(super) fn term<'s>(tree: Term<&'s str>, compare: Compare) -> Term<&'s str> {
             branches.into_iter().map(|(condition, branch)| (one(condition), one(branch))).collect(),
             otherwise.map(boxed),
         ),
-        Term::Call(name, arguments) => Term::Call(name, arguments.into_iter().map(one).collect()),
+        Term::Call(name, arguments) => {
+            let call = Term::Call(name, arguments.into_iter().map(one).collect());
+            match name {
+                // A value for every character, or a description of every match.
+                "explode" | "split" | "split_" | "matches" | "split_matches" | "indices" | "fromjson" => {
+                    then(Term::Call(HEAVY, Vec::new()), call)
+                }
+                "encode_uri" | "escape_html" | "escape_sh" => then(Term::Call(GROWS, Vec::new()), call),
+                _ => call,
+            }
+        }
         Term::Path(inside, Path(parts)) => {
             let part = |(part, optional)| {
                 let part = match part {

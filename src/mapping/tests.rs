@@ -165,7 +165,20 @@ fn whatever_is_written_ends() {
         "try (def f: f; f) catch 1",
         "\"x\" | [splits(\"\")] | repeat(.) | empty",
         "input_line_number? // (def f: 1, f; [f])",
+        "[range(1e12)]",
+        "reduce range(40) as $i ([1]; [.[], .[]])",
+        "[.] | DOUBLED",
+        "[.] | DOUBLED | length",
+        "\"x\" * 200000000 | explode",
+        "\"x\" * 200000000 | split(\"\")",
+        "\"x\" * 200000000 | [scan(\"x\")]",
+        "\"x\" * 5000000 | gsub(\"x\"; \"yy\")",
+        "\"[\" + \"0,\" * 100000000 + \"0]\" | fromjson",
+        "\"%\" * 200000000 | @uri | @uri | @uri",
+        "\"<\" * 200000000 | @html",
     ] {
+        let endless = endless.replace("DOUBLED", &["[.[], .[]]"; 60].join(" | "));
+        let endless = endless.as_str();
         let Ok(program) = Compiler::default().jq(&text(endless)) else { continue };
         let began = std::time::Instant::now();
         let result = program.run(&json!([0, 1]), &Scope::default());
@@ -173,6 +186,12 @@ fn whatever_is_written_ends() {
         assert!(matches!(result, Err(MapError::Failed(_))), "{}", &message[..message.len().min(300)]);
         assert!(began.elapsed().as_secs() < 15, "{message}");
     }
+    // What is made of a usual text is far from any bound.
+    let text = "a few words and <b>tags</b>, ".repeat(10_000);
+    let made = first("[scan(\"[a-z]+\")] | length", json!(text));
+    assert_eq!(made, json!(70_000));
+    assert_eq!(first("split(\" \") | length", json!(text)), json!(50_001));
+    assert_eq!(first("gsub(\"<[^>]*>\"; \"\") | length", json!(&text[..29_000])), json!(22_000));
     eprintln!("all ended in {:?}", started.elapsed());
 }
 

@@ -5,9 +5,10 @@
 //! holds a [`Watch`]: each clone counts a step and looks at the clock and at how deep the stack is. Past a bound the
 //! run is unwound (`resume_unwind`, caught in `Program::run`: no message, no hook, nothing shared is touched), so no
 //! `try` in the expression can go on. What makes values without cloning the context (`range`, `+`, `*`) is replaced
-//! by functions that charge the same account, and what nests them ever deeper is checked in loops.
+//! by functions that charge the same account, and what nests them ever deeper is checked in loops. Every value that a
+//! list takes is charged for, and so is a text before it is taken apart (`split`, `explode`, regular expressions …).
 //!
-//! Bounds: [`STEPS`] steps, [`TIME`], [`BYTES`] made by `+` and `*`, [`STACK`] of stack.
+//! Bounds: [`STEPS`] steps, [`TIME`], [`BYTES`] of texts and lists made, [`STACK`] of stack.
 
 use std::any::Any;
 use std::cell::{Cell, RefCell};
@@ -23,7 +24,7 @@ use super::links::{Links, Wanted};
 pub const STEPS: u64 = 2_000_000;
 /// Time of one run.
 pub const TIME: Duration = Duration::from_secs(5);
-/// Bytes of texts and lists made by `+` and `*` in one run.
+/// Bytes of texts and lists made in one run.
 pub const BYTES: usize = 256 << 20;
 /// Stack used by one run; a worker thread of tokio has 2 MiB.
 pub const STACK: usize = 640 << 10;

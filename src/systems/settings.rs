@@ -8,6 +8,7 @@ use reqwest::Url;
 use super::auth::AuthSettings;
 use super::budget::Limit;
 use super::classes::Rule;
+use super::template::header_tree;
 use super::{BreakerSettings, RequestTemplate};
 use crate::config::{ByteSize, ConfigError, Section, Spanned};
 use crate::mapping::{Compiler, Tree};
@@ -27,7 +28,7 @@ pub struct SystemSettings {
     /// A longer body is an error, not a full memory.
     pub(super) response_limit: ByteSize,
     /// PEM file of authorities to trust beside the machine's.
-    pub(super) root_certificate: Option<PathBuf>,
+    pub(super) root_certificate: Option<Spanned<PathBuf>>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -61,7 +62,7 @@ impl SystemSettings {
             None => AuthSettings::None,
             Some(auth) => AuthSettings::read(auth, &compiler)?,
         };
-        let headers = section.node("headers")?.map(|node| compiler.tree(&node)).transpose()?;
+        let headers = section.node("headers")?.map(|node| header_tree(&node, &compiler)).transpose()?;
         let (limits, concurrency) = read_budget(&mut section)?;
         let timeouts = Timeouts {
             connect: section.or("timeouts.connect", Duration::from_secs(5))?,

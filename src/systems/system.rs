@@ -44,8 +44,11 @@ impl System {
         let wrong = |what: String| ConfigError::new(&Place::outside(&settings.name), what);
         let mut builder = Client::builder();
         if let Some(path) = &settings.root_certificate {
-            let unread = |error: &dyn std::fmt::Display| wrong(format!("sslrootcert {}: {error}", path.display()));
-            let pem = std::fs::read(path).map_err(|error| unread(&error))?;
+            let unread = |error: &dyn std::fmt::Display| {
+                ConfigError::new(&path.place, format!("`sslrootcert` {}: {error}", path.display()))
+                    .hint("a PEM file with the certificates of the authorities to trust")
+            };
+            let pem = std::fs::read(path.as_path()).map_err(|error| unread(&error))?;
             let certificates = reqwest::Certificate::from_pem_bundle(&pem).map_err(|error| unread(&chain(&error)))?;
             if certificates.is_empty() {
                 return Err(unread(&"there is no certificate in it"));
@@ -82,6 +85,11 @@ impl System {
     /// How long the request takes from its first byte to the last one of its answer, at the most.
     pub fn time_limit(&self, request: &HttpRequest) -> Duration {
         request.timeout.unwrap_or(self.settings.timeouts.request)
+    }
+
+    /// Whether an address has the origin of `base_url`.
+    pub fn is_at(&self, address: &str) -> bool {
+        reqwest::Url::parse(address).is_ok_and(|url| url.origin() == self.settings.base_url.origin())
     }
 
     pub fn name(&self) -> &str {

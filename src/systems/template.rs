@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use reqwest::Method;
+use reqwest::header::HeaderName;
 use serde_json::Value;
 
 use super::HttpRequest;
@@ -62,10 +63,25 @@ impl RequestTemplate {
         Ok(request)
     }
 
+    /// Refuses an address that is not the system's; one that is only known when it is rendered is refused then.
+    pub fn at_home(self, line: &Spanned<String>, system: &super::System) -> Result<Self, ConfigError> {
+        let origin = self
+            .text
+            .split_once("://")
+            .map(|(scheme, rest)| format!("{scheme}://{}", rest.split(['/', '?', '#']).next().unwrap_or_default()));
+        match origin.filter(|origin| !origin.contains("{{")) {
+            Some(origin) if !system.is_at(&origin) => {
+                Err(ConfigError::new(&line.place, format!("`{origin}` is not where system `{}` is", system.name()))
+                    .hint("give the path below the system's `base_url`; another address is another system"))
+            }
+            _ => Ok(self),
+        }
+    }
+
     /// Takes only `params`, `headers` and `timeout`.
     pub fn take_params(&mut self, section: &mut Section, compiler: &Compiler) -> Result<(), ConfigError> {
         self.params = section.node("params")?.map(|node| compiler.tree(&node)).transpose()?;
-        self.headers = section.node("headers")?.map(|node| compiler.tree(&node)).transpose()?;
+        self.headers = section.node("headers")?.map(|node| header_tree(&node, compiler)).transpose()?;
         self.timeout = section.take("timeout")?;
         Ok(())
     }
@@ -150,6 +166,16 @@ impl RequestTemplate {
             },
         })
     }
+}
+
+/// A free map of headers.
+pub(super) fn header_tree(node: &Node, compiler: &Compiler) -> Result<Tree, ConfigError> {
+    for (name, _) in node.map("headers")? {
+        if HeaderName::try_from(name.as_str()).is_err() {
+            return Err(ConfigError::new(&name.place, format!("`{}` is no name of a header", name.value)));
+        }
+    }
+    compiler.tree(node)
 }
 
 const KNOWN_METHODS: [&str; 6] = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"];

@@ -26,7 +26,7 @@ impl PullSettings {
     pub fn read(section: &mut Section, system: Arc<System>, object: String) -> Result<Self, ConfigError> {
         let compiler: &Compiler = system.compiler();
         let line: Spanned<String> = section.require("request")?;
-        let mut request = RequestTemplate::from_line(&line, compiler)?;
+        let mut request = RequestTemplate::from_line(&line, compiler)?.at_home(&line, &system)?;
         request.take_params(section, compiler)?;
         if let Some(body) = section.take::<Spanned<String>>("body")? {
             request.body = Some(compiler.jq(&body)?);
