@@ -66,9 +66,9 @@ pub(super) struct Decision {
     pub(super) document: Value,
     /// Links that are not there, and that the document is mapped without.
     pub(super) owed: Vec<Owed>,
-    /// What the connector's map gives, where the request has no body of its own.
     /// Columns that it tells of, each with the value agreed on before.
     pub(super) sent: Map<String, Value>,
+    /// What the connector's map gives, where the request has no body of its own.
     pub(super) body: Option<Value>,
     pub(super) idempotency_key: String,
     /// Before the transaction that writes the intent.
