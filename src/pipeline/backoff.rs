@@ -6,10 +6,13 @@ use super::FaultKind;
 
 const RETRY_FIRST: Duration = Duration::from_millis(200);
 const UNAVAILABLE_FIRST: Duration = Duration::from_millis(500);
+/// After a first fault whose other side asked for no pause.
+const SHORTEST: Duration = Duration::from_millis(1);
 const LONGEST: Duration = Duration::from_secs(30);
 
 /// The pause before try number `attempt` + 1, `attempt` counting from 1. What the other side asked for is kept to,
-/// and up to a tenth added; otherwise the pause doubles up to half a minute, and a random half of it is left out.
+/// and up to a tenth added; otherwise the pause doubles up to half a minute, and a random half of it is left out. Who
+/// asks for none, again and again, waits longer each time all the same.
 pub fn pause(kind: FaultKind, attempt: u32) -> Duration {
     let (first, after) = match kind {
         FaultKind::Retry { after } => (RETRY_FIRST, after),
@@ -18,8 +21,10 @@ pub fn pause(kind: FaultKind, attempt: u32) -> Duration {
     };
     let chance: f64 = rand::random();
     match after {
-        // Even where it asks for none.
-        Some(after) => (after + after.mul_f64(0.1 * chance)).max(first.mul_f64(0.5 + 0.5 * chance)),
+        Some(after) => {
+            let least = SHORTEST.saturating_mul(1 << attempt.saturating_sub(1).min(16)).min(first);
+            (after + after.mul_f64(0.1 * chance)).max(least.mul_f64(0.5 + 0.5 * chance))
+        }
         None => {
             let doubled = first.saturating_mul(1 << attempt.saturating_sub(1).min(16)).min(LONGEST);
             doubled.mul_f64(0.5 + 0.5 * chance)
@@ -48,7 +53,8 @@ mod tests {
         let after = Duration::from_secs(7);
         let pause = pause(FaultKind::Unavailable { after: Some(after) }, 9);
         assert!(pause >= after && pause <= after.mul_f64(1.1));
-        let none = super::pause(FaultKind::Unavailable { after: Some(Duration::ZERO) }, 9);
-        assert!(none >= UNAVAILABLE_FIRST / 2 && none <= UNAVAILABLE_FIRST, "never at once: {none:?}");
+        let none = |attempt| super::pause(FaultKind::Unavailable { after: Some(Duration::ZERO) }, attempt);
+        assert!(none(1) >= SHORTEST / 2 && none(1) <= SHORTEST, "never at once: {:?}", none(1));
+        assert!(none(10) >= UNAVAILABLE_FIRST / 2 && none(99) <= UNAVAILABLE_FIRST, "{:?}", none(10));
     }
 }
