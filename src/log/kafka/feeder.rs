@@ -3,7 +3,8 @@
 //!
 //! A request costs the client and the broker far more than a record in it. So batches that come while others are on
 //! the way wait for these, a moment at the most; and while much comes they gather for some milliseconds, to go out in
-//! requests of up to a megabyte. A batch that comes when nothing is on the way goes out at once.
+//! requests of up to a megabyte. A batch that comes when nothing is on the way goes out at once. librdkafka is told when
+//! all is handed over that belongs together, and sends it then, unless its `linger.ms` was set.
 //!
 //! The invariant: a position is handed over only when every record that it covers, and every record before, is durable.
 //! After a record that was not delivered nothing is handed over any more, and nothing that waits is durable.
@@ -26,7 +27,7 @@ const COMPANY: Duration = Duration::from_millis(3);
 /// When so many bytes were handed over at once, more is to come: they gather …
 const MUCH: usize = 64 << 10;
 /// … for this long …
-const GATHER: Duration = Duration::from_millis(5);
+const GATHER: Duration = Duration::from_millis(10);
 /// … or until they are so many.
 const GATHER_BYTES: usize = 768 << 10;
 /// Positions are written no sooner than this after one another; one that comes after a silence does not wait.
@@ -50,6 +51,10 @@ pub(super) struct Feeder {
     native: Arc<Native>,
     shared: Arc<Shared>,
     inbox: Receiver<Handed>,
+    /// librdkafka is told when all has been handed over that is to go out together.
+    flushes: bool,
+    /// Something has been handed over since.
+    unsent: bool,
     /// Not handed over, in order, and their bytes.
     waiting: VecDeque<Accepted>,
     waiting_bytes: usize,
@@ -132,6 +137,7 @@ impl Feeder {
         native: Arc<Native>,
         shared: Arc<Shared>,
         inbox: Receiver<Handed>,
+        flushes: bool,
     ) -> Result<Self, LogError> {
         let invalid = || LogError::Invalid(format!("no topic can be called '{positions}'"));
         let now = Instant::now();
@@ -142,6 +148,8 @@ impl Feeder {
             native,
             shared,
             inbox,
+            flushes,
+            unsent: false,
             waiting: VecDeque::new(),
             waiting_bytes: 0,
             waiting_since: now,
@@ -193,6 +201,9 @@ impl Feeder {
             }
             self.settle();
             self.hand_over();
+            if std::mem::take(&mut self.unsent) && self.flushes {
+                self.native.flush();
+            }
         }
     }
 
@@ -299,6 +310,7 @@ impl Feeder {
         let sent = self.native.produce(&self.positions, Some(&self.key), Some(&position), None, now_ms(), POSITION);
         match sent {
             Ok(()) => {
+                self.unsent = true;
                 self.covers = Some(self.settled.len());
                 self.due_at = Instant::now() + PACE;
             }
@@ -340,6 +352,7 @@ impl Feeder {
     /// Hands the last batch's records over, from `from` on. What librdkafka refuses counts as not delivered.
     fn feed(&mut self, from: usize) {
         self.partly = None;
+        self.unsent = true;
         let Feeder { topics, native, batches, first, on_the_way, pool, shared, stopped, .. } = self;
         let number = *first + batches.len().saturating_sub(1);
         let Some(last) = batches.back_mut() else { return };

@@ -113,8 +113,14 @@ impl Producing {
         let native = Native::new(&settings.producer()?, told)
             .map_err(|e| LogError::Invalid(format!("the Kafka producer can't be made: {e}")))?;
         let (inbox, received) = channel();
-        let feeder =
-            Feeder::new(source.as_bytes(), &settings.positions_topic, native.clone(), shared.clone(), received)?;
+        let feeder = Feeder::new(
+            source.as_bytes(),
+            &settings.positions_topic,
+            native.clone(),
+            shared.clone(),
+            received,
+            !settings.lingers(),
+        )?;
         // Ends with `Close`, which the end of the `Producing` gives.
         let thread = std::thread::Builder::new()
             .name("kafka-producer".into())

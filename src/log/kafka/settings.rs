@@ -130,8 +130,11 @@ impl KafkaSettings {
         if config.get("compression.type").is_none() {
             default(&mut config, "compression.codec", "lz4");
         }
-        // A batch is already many records. Waiting adds latency, and librdkafka spins through waits this short.
-        default(&mut config, "linger.ms", "0");
+        // What the producer's thread hands over is to be one request: librdkafka waits until it is told that this was
+        // all. With no wait it would send the first record alone, and a few after it, and so on.
+        if !self.lingers() {
+            config.set("linger.ms", "5");
+        }
         default(&mut config, "batch.num.messages", "100000");
         // `in_flight_bytes` is the bound; librdkafka's queue is a little larger, so that it is never the one that
         // is reached: records there cost some bytes more than their own.
@@ -143,6 +146,12 @@ impl KafkaSettings {
         config.set("message.timeout.ms", "0");
         config.set("partitioner", "murmur2_random");
         Ok(config)
+    }
+
+    /// Somebody has set how long librdkafka waits for more before it sends.
+    pub(super) fn lingers(&self) -> bool {
+        let given = self.base("producer");
+        given.get("linger.ms").or_else(|| given.get("queue.buffering.max.ms")).is_some()
     }
 
     fn reading(&self) -> ClientConfig {
@@ -254,5 +263,21 @@ mod tests {
         assert_eq!(producer.get("fetch.min.bytes"), None);
         assert_eq!(consumer.get("fetch.min.bytes"), Some("7"));
         assert!(!format!("{settings:?}").contains("secret"));
+    }
+
+    #[test]
+    fn librdkafka_is_told_when_to_send_unless_a_linger_was_set() {
+        let mut settings = KafkaSettings::new("127.0.0.1:9092");
+        settings.librdkafka.insert("consumer.linger.ms".into(), "7".into());
+        assert!(!settings.lingers());
+        assert_eq!(settings.producer().unwrap().get("linger.ms"), Some("5"));
+        for name in ["linger.ms", "producer.queue.buffering.max.ms"] {
+            let mut settings = settings.clone();
+            settings.librdkafka.insert(name.into(), "50".into());
+            assert!(settings.lingers(), "{name}");
+            let producer = settings.producer().unwrap();
+            assert_eq!(producer.get(bare(name)), Some("50"));
+            assert_eq!(producer.get("linger.ms").is_some(), name == "linger.ms");
+        }
     }
 }
