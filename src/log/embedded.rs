@@ -5,8 +5,9 @@
 //! | `log.db` (with `-wal`, `-shm`) | topics, chunks of records, positions of sources, group offsets |
 //! | `log.lock` | held by the one process that writes; its content is that process's id |
 //!
-//! * [`commit`] is the one thread that writes, by group commit; [`read`] has consumers and readers; [`groups`]
-//!   shares partitions among the members of a group; [`retention`] removes what is old.
+//! * [`commit`] is the one thread that writes, by group commit; [`writer`] hands it a source's batches; [`read`] has
+//!   consumers and readers; [`groups`] shares partitions among the members of a group; [`retention`] removes what is
+//!   old.
 //! * A second process may read ([`EmbeddedLog::open_reader`]), while the first writes or when there is none.
 //! * The invariant: what a caller was told is durable has been synced to disk, and a source's position is in the
 //!   same transaction as the records it covers.
@@ -20,6 +21,7 @@ mod groups;
 mod pending;
 mod read;
 mod retention;
+mod writer;
 
 use std::collections::BTreeMap;
 use std::fs::{File, TryLockError};
@@ -34,15 +36,16 @@ use rusqlite::OptionalExtension;
 use tokio::sync::{Semaphore, oneshot, watch};
 
 use self::catalog::{Catalog, Topic};
-use self::command::{Append, Command, Reply};
+use self::command::{Command, Reply};
 use self::commit::{Committer, Shared, group_offset};
 use self::database::{ReadPool, reading};
 use self::groups::Groups;
 use self::read::{Consumer, Cursor, News, Reader};
-use crate::event::{Offset, RecordBatch, TopicPartition};
+use self::writer::Writer;
+use crate::event::{Offset, TopicPartition};
 use crate::log::{
-    Log, LogConsumer, LogError, LogReader, LogWriter, Loss, PartitionInfo, PartitionLag, StartAt, StopAt, Ticket,
-    TopicInfo, TopicSpec,
+    Log, LogConsumer, LogError, LogReader, LogWriter, Loss, PartitionInfo, PartitionLag, StartAt, StopAt, TopicInfo,
+    TopicSpec,
 };
 
 #[derive(Clone, Debug)]
@@ -197,15 +200,23 @@ async fn ask<T>(
     answer: oneshot::Receiver<Result<T, LogError>>,
 ) -> Result<T, LogError> {
     commands.send(command).map_err(|_| gone(shared))?;
-    answered(answer, shared).await
+    answered(answer, shared, ANSWER_WAIT).await
 }
 
-async fn answered<T>(answer: oneshot::Receiver<Result<T, LogError>>, shared: &Shared) -> Result<T, LogError> {
-    match tokio::time::timeout(ANSWER_WAIT, answer).await {
+async fn answered<T>(
+    answer: oneshot::Receiver<Result<T, LogError>>,
+    shared: &Shared,
+    deadline: Duration,
+) -> Result<T, LogError> {
+    match tokio::time::timeout(deadline, answer).await {
         Ok(Ok(result)) => result,
         Ok(Err(_)) => Err(gone(shared)),
-        Err(_) => Err(LogError::Unavailable(format!("its disk has not answered for {} s", ANSWER_WAIT.as_secs()))),
+        Err(_) => Err(not_answered(deadline)),
     }
+}
+
+fn not_answered(deadline: Duration) -> LogError {
+    LogError::Unavailable(format!("its disk has not answered for {} s", deadline.as_secs()))
 }
 
 /// Why there is no commit thread any more.
@@ -335,6 +346,7 @@ impl Log for EmbeddedLog {
             in_flight: writing.in_flight.clone(),
             units: writing.units,
             pool: self.pool.clone(),
+            broken: Arc::default(),
         }))
     }
 
@@ -466,35 +478,4 @@ async fn position_of(pool: &ReadPool, source: Arc<str>) -> Result<Option<Vec<u8>
             .map_err(reading)
     })
     .await
-}
-
-struct Writer {
-    source: Arc<str>,
-    generation: u64,
-    shared: Arc<Shared>,
-    commands: Sender<Command>,
-    in_flight: Arc<Semaphore>,
-    units: usize,
-    pool: ReadPool,
-}
-
-#[async_trait]
-impl LogWriter for Writer {
-    async fn position(&mut self) -> Result<Option<Vec<u8>>, LogError> {
-        position_of(&self.pool, self.source.clone()).await
-    }
-
-    async fn append(&mut self, batch: RecordBatch, position: Option<Vec<u8>>) -> Result<Ticket, LogError> {
-        if let Some(fatal) = self.shared.fatal.get() {
-            return Err(fatal.clone());
-        }
-        let wanted = (batch.byte_size() / UNIT + 1).min(self.units) as u32;
-        let in_flight = self.in_flight.clone().acquire_many_owned(wanted).await.map_err(|_| gone(&self.shared))?;
-        let (reply, answer) = oneshot::channel();
-        let append =
-            Append { source: self.source.clone(), generation: self.generation, batch, position, in_flight, reply };
-        self.commands.send(Command::Append(append)).map_err(|_| gone(&self.shared))?;
-        let shared = self.shared.clone();
-        Ok(Box::pin(async move { answered(answer, &shared).await }))
-    }
 }

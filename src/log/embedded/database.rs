@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
+use super::{ANSWER_WAIT, not_answered};
 use crate::log::LogError;
 
 /// `user_version` of the tables below.
@@ -203,7 +204,11 @@ impl ReadPool {
     {
         let pool = self.clone();
         let work = tokio::task::spawn_blocking(move || pool.run_blocking(read));
-        work.await.unwrap_or_else(|e| Err(LogError::Fatal(format!("a reader of the embedded log ended: {e}"))))
+        match tokio::time::timeout(ANSWER_WAIT, work).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(ended)) => Err(LogError::Fatal(format!("a reader of the embedded log ended: {ended}"))),
+            Err(_) => Err(not_answered(ANSWER_WAIT)),
+        }
     }
 
     pub fn run_blocking<T>(&self, read: impl FnOnce(&Connection) -> Result<T, LogError>) -> Result<T, LogError> {
