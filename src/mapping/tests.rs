@@ -406,7 +406,7 @@ fn programs_may_run_in_several_threads() {
 
 /// Records a second through a usual mapping: `cargo test --release --lib mapping::tests::measure -- --ignored --nocapture`.
 #[test]
-#[ignore = "a measurement"]
+#[ignore = "a measurement: prints figures and judges none, so it is run by hand"]
 fn measure() {
     let map = program(
         r#"{ name: .after.name, code: "C\(.after.id)", total: (.after.price * .after.quantity) }

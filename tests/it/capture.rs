@@ -432,7 +432,7 @@ async fn a_huge_transaction_takes_bounded_memory() {
 
 /// `cargo test --release --test it capture::figures -- --ignored --nocapture`
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "a measurement"]
+#[ignore = "a measurement: prints figures and judges none, so it is run by hand"]
 async fn figures() {
     let count: u64 = std::env::var("TIDEGATE_ROWS").map_or(1_000_000, |rows| rows.parse().unwrap());
     let server = Postgres::shared(Version::Distribution).await;

@@ -55,11 +55,7 @@ pub async fn a_group_is_reset_to_beginning_end_offset_and_time(world: World) {
     let (name, group) = (world.name("rows"), world.name("g"));
     let log = world.log().await;
     log.ensure_topic(&topic(&name, 1)).await.unwrap();
-    write_numbers(&*log, &name, 0, 10, 1).await;
-    tokio::time::sleep(Duration::from_millis(20)).await;
-    let between = now_ms();
-    tokio::time::sleep(Duration::from_millis(20)).await;
-    write_numbers(&*log, &name, 10, 10, 1).await;
+    let between = ten_and_then(&*log, &name, 10).await;
     let topics = [name.clone()];
     let committed = async || log.group_lag(&group).await.unwrap()[0].committed;
     for (start, expected) in [

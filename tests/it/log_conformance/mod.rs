@@ -92,6 +92,20 @@ pub async fn write_numbers(log: &dyn Log, topic: &str, from: usize, count: usize
     writer.append(numbers, None).await.unwrap().await.unwrap();
 }
 
+/// Ten records, then `count` more; a time, in ms since 1970, that is after the ones and not after the others.
+pub async fn ten_and_then(log: &dyn Log, topic: &str, count: usize) -> i64 {
+    write_numbers(log, topic, 0, 10, 1).await;
+    let written = now_ms();
+    let give_up = Instant::now() + DEADLINE;
+    while now_ms() <= written {
+        assert!(Instant::now() < give_up, "the clock stands still");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let between = now_ms();
+    write_numbers(log, topic, 10, count, 1).await;
+    between
+}
+
 /// Polls until `count` records have come.
 pub async fn read_count(reader: &mut dyn LogReader, count: usize) -> Vec<ConsumedRecord> {
     let give_up = Instant::now() + DEADLINE;

@@ -6,11 +6,7 @@ pub async fn a_reader_starts_at_an_offset_a_time_or_the_end(world: World) {
     let name = world.name("rows");
     let log = world.log().await;
     log.ensure_topic(&topic(&name, 1)).await.unwrap();
-    write_numbers(&*log, &name, 0, 10, 1).await;
-    tokio::time::sleep(Duration::from_millis(20)).await;
-    let between = now_ms();
-    tokio::time::sleep(Duration::from_millis(20)).await;
-    write_numbers(&*log, &name, 10, 3, 1).await;
+    let between = ten_and_then(&*log, &name, 3).await;
     let mut tail = log.reader(&name, StartAt::End, StopAt::Never).await.unwrap();
     let mut from_offset = log.reader(&name, StartAt::Offset(Offset(9)), StopAt::Never).await.unwrap();
     assert_eq!(values(&read_count(&mut *from_offset, 4).await), ["9", "10", "11", "12"]);
