@@ -136,6 +136,9 @@ pub struct SnapshotProgress {
     /// Tables that some rows of are in the log.
     #[serde(default)]
     pub begun: Vec<String>,
+    /// Of tables that came while the capture ran: all others have long been streamed.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub adopting: bool,
 }
 
 #[cfg(test)]

@@ -379,6 +379,8 @@ pub async fn file_nodes(session: &mut Session, oids: &[Oid]) -> Result<BTreeMap<
 
 /// A transaction on it lasts as long as it takes, whatever the role's `transaction_timeout` (PostgreSQL 17).
 pub async fn lift_transaction_timeout(session: &mut Session) -> Result<(), PostgresError> {
-    let sql = "SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'transaction_timeout'";
+    // Nothing of a table or view: it is asked on the stream's connection, too.
+    let sql = "SELECT set_config('transaction_timeout', '0', false) \
+               WHERE current_setting('server_version_num')::int >= 170000";
     session.query(sql, DEADLINE).await.map(drop)
 }

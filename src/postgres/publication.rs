@@ -23,6 +23,8 @@ pub enum Autocreate {
 pub struct Publication {
     pub all_tables: bool,
     pub via_root: bool,
+    /// By the present role, directly or through a role it is in: others can't add tables.
+    pub owned: bool,
     /// Operations it leaves out.
     pub missing_operations: Vec<&'static str>,
     /// Tables it covers, partitions told one by one unless `via_root`.
@@ -45,6 +47,25 @@ impl Publication {
         self.all_tables || self.of(schema, name).is_some()
     }
 
+    /// What makes it no good for a capture, whatever its tables are.
+    pub fn wrong(&self, name: &str, via_root: bool) -> Option<String> {
+        if !self.missing_operations.is_empty() {
+            return Some(format!(
+                "publication '{name}' does not publish {}; hint: ALTER PUBLICATION {} SET (publish = 'insert, update, \
+                 delete, truncate')",
+                self.missing_operations.join(", "),
+                identifier(name)
+            ));
+        }
+        (self.via_root != via_root).then(|| {
+            format!(
+                "publication '{name}' has publish_via_partition_root = {}, and publish.via.partition.root is \
+                 {via_root}; hint: make them the same",
+                self.via_root
+            )
+        })
+    }
+
     pub fn of(&self, schema: &str, name: &str) -> Option<&Published> {
         self.tables.iter().find(|table| table.schema == schema && table.name == name)
     }
@@ -54,7 +75,8 @@ pub async fn find(session: &mut Session, name: &str) -> Result<Option<Publicatio
     let rows = session
         .query(
             &format!(
-                "SELECT puballtables, pubviaroot, pubinsert, pubupdate, pubdelete, pubtruncate \
+                "SELECT puballtables, pubviaroot, pubinsert, pubupdate, pubdelete, pubtruncate, \
+                 pg_has_role(pubowner, 'USAGE') \
                  FROM pg_publication WHERE pubname = {}",
                 literal(name)
             ),
@@ -84,7 +106,7 @@ pub async fn find(session: &mut Session, name: &str) -> Result<Option<Publicatio
         Some(Published { schema, name, columns, filter: row.next()? })
     };
     let tables = tables.into_iter().filter_map(published).collect();
-    Ok(Some(Publication { all_tables: flag(0), via_root: flag(1), missing_operations, tables }))
+    Ok(Some(Publication { all_tables: flag(0), via_root: flag(1), owned: flag(6), missing_operations, tables }))
 }
 
 /// What has to be run for `wanted` to be published; empty when all is well.
@@ -158,20 +180,8 @@ pub fn changes(found: Option<&Publication>, wish: &Wish<'_>) -> Result<Changes, 
         let added = wish.tables.iter().map(CatalogTable::full_name).collect();
         return Ok(Changes { sql: vec![sql], added, creates: true });
     };
-    if !found.missing_operations.is_empty() {
-        return Err(PostgresError::Refused(format!(
-            "publication '{}' does not publish {}; hint: ALTER PUBLICATION {name} SET (publish = 'insert, update, \
-             delete, truncate')",
-            wish.name,
-            found.missing_operations.join(", ")
-        )));
-    }
-    if found.via_root != wish.via_root {
-        return Err(PostgresError::Refused(format!(
-            "publication '{}' has publish_via_partition_root = {}, and publish.via.partition.root is {}; \
-             hint: make them the same",
-            wish.name, found.via_root, wish.via_root
-        )));
+    if let Some(wrong) = found.wrong(wish.name, wish.via_root) {
+        return Err(PostgresError::Refused(wrong));
     }
     let missing: Vec<&CatalogTable> =
         wish.tables.iter().filter(|table| !found.has(&table.schema, &table.name)).collect();
@@ -241,6 +251,7 @@ mod tests {
         let found = Publication {
             all_tables: false,
             via_root: false,
+            owned: true,
             missing_operations: vec![],
             tables: vec![Published { schema: "s".into(), name: "p1".into(), ..Published::default() }],
         };

@@ -14,7 +14,7 @@ use bytes::BytesMut;
 use crate::event::{Oid, Table};
 
 use super::catalog::{file_nodes, lift_transaction_timeout, load_tables};
-use super::publication::Published;
+use super::publication::{self, Published};
 use super::{PostgresError, Session, literal, qualified};
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -65,6 +65,12 @@ impl SnapshotReader {
         let number = |at: usize| rows.first().and_then(|row| row.get(at)?.as_deref()?.parse::<i64>().ok());
         let (time_us, xid) = (number(0).unwrap_or_default(), number(1).unwrap_or_default() as u32);
         Ok(Ok(SnapshotReader { session, time_us, xid }))
+    }
+
+    /// How much of each table is published. Asked under the snapshot: a column that came while the slot was made is in
+    /// the rows, and would be left out of them by an older list.
+    pub async fn published(&mut self, name: &str) -> Result<Vec<Published>, PostgresError> {
+        Ok(publication::find(&mut self.session, name).await?.unwrap_or_default().tables)
     }
 
     /// The table's shape under the snapshot, with the columns that the stream will have, too.

@@ -227,7 +227,8 @@ fn health(report: &StatusReport) -> Health {
         let names: Vec<&str> = names.into_iter().flatten().filter_map(Value::as_str).collect();
         if !names.is_empty() {
             let message = format!(
-                "{} asked for and not captured: another role's; hint: 'tidegate plan --sql' has what its owner must run",
+                "{} asked for and not captured: another role's, or the publication is; hint: 'tidegate plan --sql' has what \
+                 the owner must run",
                 names.join(", ")
             );
             warnings.push(Trouble { what: connector.name.clone(), message });

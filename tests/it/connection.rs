@@ -13,7 +13,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::support::capture::{World, wait_for_equality};
 use crate::support::postgres::{Options, certificate};
-use crate::support::{Database, Gate, Postgres, Version, eventually};
+use crate::support::{Database, Postgres, Version, eventually};
 
 /// Passes connections on to a server, under another address; with a folder as one who stands between: TLS ends there,
 /// under a certificate of its own.
@@ -191,9 +191,7 @@ async fn a_server_can_shut_down_when_a_pause_came_while_the_stream_was_opened() 
     let server = Postgres::own(Version::Distribution).await;
     let database = server.database("opened").await;
     database.execute("CREATE TABLE t (id int PRIMARY KEY)").await;
-    let gate = Gate::before(server.port(), "START_REPLICATION").await;
-    let mut world = World::new(&database, &[r"public\.t"]);
-    world.url = database.url_at(gate.port);
+    let (world, gate) = World::gated(&database, &[r"public\.t"], "START_REPLICATION").await;
     let capture = world.start().await;
     gate.reached().await;
     capture.pause();
@@ -233,9 +231,7 @@ async fn limits_that_a_role_has_by_default_cut_no_snapshot_short() {
             let sql = format!("ALTER ROLE tidegate IN DATABASE \"{}\" SET {limit} = '1s'", database.name);
             admin.batch_execute(&sql).await.unwrap();
         }
-        let gate = Gate::before(server.port(), "COPY (").await;
-        let mut world = World::new(&database, &[r"public\.t"]);
-        world.url = database.url_at(gate.port);
+        let (world, gate) = World::gated(&database, &[r"public\.t"], "COPY (").await;
         let capture = world.start().await;
         gate.reached().await;
         let reached = Instant::now();
@@ -249,6 +245,30 @@ async fn limits_that_a_role_has_by_default_cut_no_snapshot_short() {
         assert!(capture.status.last_error().is_none(), "{:?}", capture.status.last_error());
         capture.stop().await.unwrap();
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_limit_on_transactions_ends_no_stream_in_the_middle_of_one() {
+    let server = Postgres::shared(Version::Newest).await;
+    let database = server.database("long").await;
+    database.execute("CREATE TABLE t (id int PRIMARY KEY, v text)").await;
+    let admin = database.connect_as_superuser().await;
+    let limit = format!("ALTER ROLE tidegate IN DATABASE \"{}\" SET transaction_timeout = '1s'", database.name);
+    admin.batch_execute(&limit).await.unwrap();
+    let (world, capture) = World::streaming(&database, &[r"public\.t"]).await;
+    let before = sender(&admin, &world.settings.slot).await.unwrap();
+    capture.pause();
+    let paused = Instant::now();
+    // More than is received ahead: the server is in the middle of it for as long as the pause lasts.
+    admin.batch_execute("INSERT INTO t SELECT i, repeat('x', 1000) FROM generate_series(1, 60000) i").await.unwrap();
+    while paused.elapsed() < Duration::from_secs(6) {
+        assert_eq!(sender(&admin, &world.settings.slot).await, Some(before), "{:?}", capture.status.last_error());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    capture.resume();
+    wait_for_equality(&world, &admin, "t").await;
+    assert!(capture.status.last_error().is_none(), "{:?}", capture.status.last_error());
+    capture.stop().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -288,10 +308,7 @@ async fn a_capture_is_starting_until_its_snapshot_or_stream_begins() {
     open.batch_execute("INSERT INTO t VALUES (1)").await.unwrap();
     let world = World::new(&database, &[r"public\.t"]);
     let capture = world.start().await;
-    eventually(Duration::from_secs(30), "the slot is being made", async || {
-        capture.status.progress().is_some_and(|progress| progress.contains("making slot"))
-    })
-    .await;
+    capture.making_slot().await;
     let waiting = Instant::now();
     while waiting.elapsed() < Duration::from_secs(3) {
         assert_eq!(capture.status.state(), ConnectorState::Starting);

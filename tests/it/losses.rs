@@ -42,6 +42,87 @@ async fn a_slot_that_is_gone_or_ahead_is_noticed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_publication_that_is_dropped_while_rows_are_committed_is_noticed() {
+    for version in Version::ALL {
+        let server = Postgres::shared(version).await;
+        let database = server.database("unpublished").await;
+        database.execute("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)").await;
+        let (mut world, capture) = World::streaming(&database, &[r"public\.t"]).await;
+        let drop = format!("DROP PUBLICATION {}", world.settings.publication);
+        database.execute(&drop).await;
+        database.execute("INSERT INTO t VALUES (2)").await;
+        // Told while it runs: an older server refuses to send the row, a newer one passes over it.
+        let named = |fault: &tidegate::pipeline::Fault| {
+            let parts = ["publication", "is gone, or was", "when_needed", "reset capture --to end"];
+            assert!(parts.iter().all(|part| fault.message.contains(part)), "{fault}");
+        };
+        named(&capture.ended().await.unwrap_err());
+        named(&world.start().await.ended().await.unwrap_err());
+        assert!(world.plan().await.problems.iter().any(|problem| problem.contains("is gone, or was")));
+
+        world.settings.snapshot = SnapshotMode::WhenNeeded;
+        let capture = world.start_streaming().await;
+        let client = database.connect().await;
+        wait_for_equality(&world, &client, "t").await;
+        // While nobody looks, too; and what is missing is read again by itself.
+        capture.stop().await.unwrap();
+        database.execute(&drop).await;
+        database.execute("INSERT INTO t VALUES (3)").await;
+        let capture = world.start().await;
+        wait_for_equality(&world, &client, "t").await;
+        database.execute("INSERT INTO t VALUES (4)").await;
+        wait_for_equality(&world, &client, "t").await;
+        capture.stop().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_publication_that_leaves_out_updates_is_noticed_while_the_capture_runs() {
+    let server = Postgres::shared(Version::Distribution).await;
+    let database = server.database("inserts").await;
+    database.execute("CREATE TABLE t (id int PRIMARY KEY)").await;
+    let (world, capture) = World::streaming(&database, &[r"public\.t"]).await;
+    database.execute(&format!("ALTER PUBLICATION {} SET (publish = 'insert')", world.settings.publication)).await;
+    let fault = capture.ended().await.unwrap_err();
+    assert!(fault.message.contains("does not publish update, delete, truncate; hint: ALTER PUBLICATION"), "{fault}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slot_that_is_lost_while_a_new_table_is_read_is_noticed() {
+    let server = Postgres::shared(Version::Distribution).await;
+    let database = server.database("adopted_lost").await;
+    database.execute("CREATE TABLE a (id int PRIMARY KEY); INSERT INTO a VALUES (1)").await;
+    let (mut world, capture) = World::streaming(&database, &[r"public\.[ab]"]).await;
+    let client = database.connect_as_superuser().await;
+    client
+        .batch_execute("CREATE TABLE b (id int PRIMARY KEY); INSERT INTO b VALUES (1); ALTER TABLE b OWNER TO tidegate")
+        .await
+        .unwrap();
+    let mut locking = database.connect_as_superuser().await;
+    // The table can't be published, and so not read, before this ends.
+    let lock = locking.transaction().await.unwrap();
+    lock.batch_execute("LOCK TABLE b IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    eventually(Duration::from_secs(30), "the table is to be read", async || {
+        let sql = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'b'::regclass";
+        client.query_one(sql, &[]).await.unwrap().get::<_, i64>(0) > 0
+    })
+    .await;
+    capture.crash().await;
+    assert!(world.position().await.unwrap().snapshot.unwrap().adopting);
+    lock.rollback().await.unwrap();
+    client.batch_execute("INSERT INTO a VALUES (2); DELETE FROM a WHERE id = 1").await.unwrap();
+    let slot = world.settings.slot.clone();
+    let drop = "SELECT pg_drop_replication_slot($1)";
+    eventually(Duration::from_secs(10), "dropped", async || client.execute(drop, &[&slot]).await).await;
+    let fault = world.start().await.ended().await.unwrap_err();
+    assert!(fault.message.contains("is gone") && fault.message.contains("when_needed"), "{fault}");
+    world.settings.snapshot = SnapshotMode::WhenNeeded;
+    let capture = world.start_streaming().await;
+    wait_for_equality(&world, &client, "b").await;
+    capture.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_was_set_back_is_noticed() {
     let server = Postgres::shared(Version::Distribution).await;
     let database = server.database("back").await;

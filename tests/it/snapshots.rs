@@ -7,7 +7,7 @@ use tidegate::event::Operation;
 use tidegate::sources::postgres::SnapshotMode;
 
 use crate::support::capture::{Running, World, letters, rows, wait_for_equality};
-use crate::support::{Gate, Postgres, Version, eventually};
+use crate::support::{Postgres, Version, eventually};
 
 /// Waits until more than `rows` are in the log, and hardly longer.
 async fn until_applied(capture: &Running, rows: u64) {
@@ -104,10 +104,8 @@ async fn rewritten_in_between(version: Version, tables: &str, via_root: bool, dd
     let server = Postgres::shared(version).await;
     let database = server.database("rewritten").await;
     database.execute(tables).await;
-    let gate = Gate::before(server.port(), "SET TRANSACTION SNAPSHOT").await;
-    let mut world = World::new(&database, &[r"public\..*"]);
+    let (mut world, gate) = World::gated(&database, &[r"public\..*"], "SET TRANSACTION SNAPSHOT").await;
     world.settings.via_root = via_root;
-    world.url = database.url_at(gate.port);
     let capture = world.start().await;
     gate.reached().await;
     database.execute(ddl).await;

@@ -1,11 +1,13 @@
 //! Tables that come, go and change their names while a capture runs: none is passed over without a word.
 
+use std::time::Duration;
+
 use serde_json::json;
 
 use tidegate::postgres::publication::Autocreate;
 
 use crate::support::capture::{World, letters, wait_for_equality};
-use crate::support::{Gate, Postgres, Version};
+use crate::support::{Postgres, Version, eventually};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn tables_made_made_again_or_swapped_while_running_are_captured_whole() {
@@ -67,7 +69,7 @@ async fn a_table_of_somebody_else_is_told_and_holds_nothing_up() {
     let (world, capture) = World::streaming(&database, &[r"public\..*"]).await;
     let owner = database.connect_as_superuser().await;
     owner.batch_execute("CREATE TABLE b (id int PRIMARY KEY); GRANT SELECT ON b TO tidegate").await.unwrap();
-    crate::support::eventually(std::time::Duration::from_secs(30), "it is told", async || {
+    eventually(Duration::from_secs(30), "it is told", async || {
         capture.status.facts().get("not_captured") == Some(&json!(["public.b"]))
     })
     .await;
@@ -76,6 +78,31 @@ async fn a_table_of_somebody_else_is_told_and_holds_nothing_up() {
     owner.batch_execute("INSERT INTO b VALUES (1); ALTER TABLE b OWNER TO tidegate").await.unwrap();
     wait_for_equality(&world, &owner, "b").await;
     assert_eq!(capture.status.facts().get("not_captured"), Some(&json!([])));
+    capture.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_table_stops_nothing_where_another_role_has_the_publication() {
+    let server = Postgres::shared(Version::Distribution).await;
+    let database = server.database("publication").await;
+    database.execute("CREATE TABLE a (id int PRIMARY KEY)").await;
+    let world = World::new(&database, &[r"public\..*"]);
+    let owner = database.connect_as_superuser().await;
+    let publication = &world.settings.publication;
+    owner.batch_execute(&format!("CREATE PUBLICATION {publication} FOR TABLE a")).await.unwrap();
+    let capture = world.start_streaming().await;
+    database.execute("CREATE TABLE b (id int PRIMARY KEY); INSERT INTO b VALUES (1)").await;
+    eventually(Duration::from_secs(30), "it is told", async || {
+        capture.status.facts().get("not_captured") == Some(&json!(["public.b"]))
+    })
+    .await;
+    let plan = world.plan().await;
+    assert!(plan.problems.iter().any(|problem| problem.contains("may not change the publication")), "{plan:?}");
+    assert!(plan.dba_sql.iter().any(|sql| sql.contains("ADD TABLE \"public\".\"b\"")), "{plan:?}");
+    database.execute("INSERT INTO a VALUES (1)").await;
+    world.wait_for_changes("shop.public.a", 1).await;
+    owner.batch_execute(&format!("ALTER PUBLICATION {publication} OWNER TO tidegate")).await.unwrap();
+    wait_for_equality(&world, &owner, "b").await;
     capture.stop().await.unwrap();
 }
 
@@ -91,9 +118,7 @@ async fn a_table_altered_while_a_snapshot_begins_is_read_as_it_is_then() {
                  INSERT INTO t SELECT i, i FROM generate_series(1, 100) i",
             )
             .await;
-        let gate = Gate::before(server.port(), "SET TRANSACTION SNAPSHOT").await;
-        let mut world = World::new(&database, &[r"public\..*"]);
-        world.url = database.url_at(gate.port);
+        let (world, gate) = World::gated(&database, &[r"public\..*"], "SET TRANSACTION SNAPSHOT").await;
         let capture = world.start().await;
         gate.reached().await;
         database.execute(ddl).await;
@@ -150,6 +175,29 @@ async fn a_table_changed_in_every_way_within_a_transaction_keeps_every_row() {
         );
         assert_eq!(letters(&world.changes("shop.public.v").await), "c");
         assert_eq!(letters(&world.changes("shop.public.u").await), "ct");
+        capture.stop().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_column_that_comes_while_the_slot_is_made_is_in_the_rows_that_are_read() {
+    for version in Version::ALL {
+        let server = Postgres::shared(version).await;
+        let database = server.database("meanwhile").await;
+        database
+            .execute("CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE w (id int); INSERT INTO t VALUES (1), (2)")
+            .await;
+        let mut writer = database.connect().await;
+        // A slot is made only when every transaction that was under way has ended.
+        let open = writer.transaction().await.unwrap();
+        open.batch_execute("INSERT INTO w VALUES (1)").await.unwrap();
+        let world = World::new(&database, &[r"public\.t"]);
+        let capture = world.start().await;
+        capture.making_slot().await;
+        database.execute("ALTER TABLE t ADD c int DEFAULT 5").await;
+        open.commit().await.unwrap();
+        capture.streaming().await;
+        wait_for_equality(&world, &writer, "t").await;
         capture.stop().await.unwrap();
     }
 }

@@ -20,11 +20,13 @@ mod debezium;
 mod envelope;
 mod opening;
 mod plan;
+mod reading;
 mod relations;
 mod schemas;
 mod settings;
 mod snapshot;
 mod stream;
+mod wanted;
 mod watch;
 mod writer;
 
@@ -35,7 +37,7 @@ use async_trait::async_trait;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use crate::event::{CapturePosition, CapturedBatch, StoredPosition};
+use crate::event::{CapturePosition, CapturedBatch, Lsn, StoredPosition};
 use crate::log::Log;
 use crate::pipeline::{Batch, ConnectorState, Fault, Lag, Source, Status};
 use crate::postgres::Address;
@@ -51,6 +53,7 @@ use writer::Writer;
 
 pub use plan::{plan, preview};
 pub use settings::{CaptureSettings, OnIncompatible, SnapshotMode};
+pub use wanted::ensure_publication;
 pub use watch::measure_slot;
 
 /// Time without any move after which the replication connection is closed.
@@ -98,6 +101,10 @@ pub struct PostgresSource {
     durable: Option<CapturePosition>,
     batches_handed: u64,
     batches_durable: u64,
+    /// The last batch that had events: later ones only move the position.
+    batches_filled: u64,
+    /// Up to here nothing is to come: all is durable, or was filtered.
+    clear: Lsn,
     /// When something last moved: a batch handed on, or acknowledged.
     moved: Instant,
     /// When the position was last stored.
@@ -107,6 +114,8 @@ pub struct PostgresSource {
     unasked: Option<Instant>,
     /// The next opening takes tables that are new.
     adopt: bool,
+    /// The server could not go on, for want of the publication.
+    unpublished: bool,
     nullable: Nullable,
     watch: watch::Watch,
 }
@@ -148,11 +157,14 @@ impl PostgresSource {
             durable: None,
             batches_handed: 0,
             batches_durable: 0,
+            batches_filled: 0,
+            clear: Lsn::ZERO,
             moved: Instant::now(),
             stored_at: Instant::now(),
             first: true,
             unasked: None,
             adopt: false,
+            unpublished: false,
             nullable: Nullable::new(),
             watch,
         }
@@ -178,6 +190,9 @@ impl PostgresSource {
         let (records, events) = self.writer.as_mut().map(Writer::take).unwrap_or_default();
         let own = self.schemas.handed_on();
         self.batches_handed += 1;
+        if events > 0 {
+            self.batches_filled = self.batches_handed;
+        }
         self.moved = Instant::now();
         self.handed = Some(position.clone());
         self.stored_at = Instant::now();
@@ -204,6 +219,7 @@ impl PostgresSource {
             from: self.handed.clone(),
             first: self.first,
             adopt: self.adopt,
+            unpublished: self.unpublished,
         };
         let (log, load) = (self.resolver.log.clone(), !self.schemas.is_loaded());
         Stage::Opening(tokio::spawn(async move {
@@ -218,6 +234,7 @@ impl PostgresSource {
     fn opened(&mut self, opened: Opened) -> Option<Batch<CapturedBatch, Mark>> {
         self.first = false;
         self.adopt = false;
+        self.unpublished = false;
         match opened {
             Opened::Store(position) => {
                 self.stage = Stage::Storing;
@@ -258,6 +275,8 @@ impl PostgresSource {
         let writer = self.writer(&position);
         writer.reset(position.clone());
         writer.behind = Some(feed.behind);
+        self.clear = feed.acknowledged.durable();
+        self.watch.take_wrong();
         self.handed = Some(position);
         self.moved = Instant::now();
         self.stage = Stage::Streaming(Box::new(Streaming::new(feed, self.settings.heartbeat)));
@@ -283,32 +302,36 @@ impl PostgresSource {
                     every: self.settings.idle_advance,
                     handed: self.handed.as_ref().map(|handed| handed.commit_end),
                 };
-                streaming.next(writer, &mut self.schemas, &self.resolver, idle).await?
+                let next = streaming.next(writer, &mut self.schemas, &self.resolver, idle).await;
+                self.unpublished |= streaming.unpublished;
+                next?
             }
             _ => return Ok(None),
         };
         Ok(Some(self.hand_on(position)))
     }
 
-    fn tell_lag(&self) {
-        let Stage::Streaming(streaming) = &self.stage else { return };
+    fn tell_lag(&mut self) {
+        let Stage::Streaming(streaming) = &mut self.stage else { return };
+        let Some(writer) = &self.writer else { return };
         let acknowledged = &streaming.feed.acknowledged;
-        let idle = self.batches_handed == self.batches_durable
-            && streaming.has_read_all()
-            && self.writer.as_ref().is_none_or(|writer| writer.batch.is_empty() && !writer.in_transaction());
+        let durable = acknowledged.durable();
         // The server tells how far it has decoded, not how far its WAL goes: that was asked on the side, long enough
         // ago that it has told of it since if it is not behind.
         let end = acknowledged.server_end().max(self.watch.wal_end());
-        // An idle capture has read all that it was sent, though the slot is told only now and then.
-        let read = match &self.writer {
-            Some(writer) if idle => writer.position.commit_end.max(acknowledged.durable()),
-            _ => acknowledged.durable(),
+        let written = writer.in_transaction() || writer.events > 0 || self.batches_filled > self.batches_durable;
+        if !written {
+            // The slot is told of it only now and then, and what waits to be looked at may be a word on others' WAL.
+            self.clear = writer.position.commit_end;
+        }
+        let waits = streaming.waits();
+        let seconds = match writer.commit_us() {
+            Some(time) if written => (now_us() - time).max(0) as f64 / 1e6,
+            // Whether it has a commit, and of when, is not known before it is looked at.
+            _ => waits.as_secs_f64(),
         };
-        let seconds = match self.writer.as_ref().and_then(|writer| writer.last_commit_us) {
-            Some(time) if !idle => (now_us() - time).max(0) as f64 / 1e6,
-            _ => 0.0,
-        };
-        self.status.set_lag(Lag { bytes: Some(end.bytes_since(read)), seconds: Some(seconds), events: None });
+        let bytes = end.bytes_since(self.clear.max(durable));
+        self.status.set_lag(Lag { bytes: Some(bytes), seconds: Some(seconds), events: None });
     }
 
     /// Ends the stream; the next batch asked for begins another, behind what was handed on.
@@ -329,7 +352,7 @@ impl PostgresSource {
         }
         let in_flight = self.batches_handed != self.batches_durable;
         let Stage::Streaming(streaming) = &mut self.stage else { return false };
-        let unread = streaming.waits_longer_than(STALLED);
+        let unread = streaming.waits() > STALLED;
         (in_flight && self.moved.elapsed() > STALLED) || unread
     }
 }
@@ -438,7 +461,12 @@ impl Source for PostgresSource {
             self.disconnect();
         }
         let handed = self.handed.as_ref().filter(|_| matches!(self.stage, Stage::Streaming(_)));
-        if handed.is_some_and(|handed| self.watch.finds_tables(handed.commit_end)) {
+        if let Some(wrong) = handed.and_then(|_| self.watch.take_wrong()) {
+            tracing::warn!(connector = %self.name, "{wrong}");
+            self.unpublished = wrong == wanted::without_publication(&self.settings);
+            // The next opening says what becomes of it.
+            self.disconnect();
+        } else if handed.is_some_and(|handed| self.watch.finds_tables(handed.commit_end)) {
             self.watch.forget_tables();
             self.adopt = true;
             self.disconnect();

@@ -20,24 +20,20 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::BytesMut;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio::time::timeout;
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use crate::avro;
 use crate::event::{CapturePosition, Lsn, Oid, SharedTable, SnapshotProgress, Table};
 use crate::pipeline::{Fault, FaultKind, Status};
 use crate::postgres::catalog::{self, CatalogTable, ServerFacts};
-use crate::postgres::publication::{Autocreate, Published};
 use crate::postgres::replication::{self, Acknowledged, Chunks, CreatedSlot, SlotKind};
 use crate::postgres::snapshot::{Rewritten, SnapshotReader};
 use crate::postgres::{Address, PostgresError, Purpose, Session, publication, slot};
 
+use super::reading::{SnapshotFeed, SnapshotItem, read_all, reading_fault};
 use super::settings::{CaptureSettings, SnapshotMode};
+use super::wanted::{NOT_CAPTURED, Wanted, apply, shared_topic, take_others, wanted, wish, without_publication};
 
-/// Name of the fact of tables that are asked for and can't be had.
-pub(super) const NOT_CAPTURED: &str = "not_captured";
 /// How soon a slot that another has is asked for again.
 const TAKEN: Duration = Duration::from_secs(1);
 
@@ -76,119 +72,11 @@ pub(super) struct StreamFeed {
     pub behind: Lsn,
 }
 
-/// Rows of a snapshot, table by table.
-pub(super) struct SnapshotFeed {
-    pub items: mpsc::Receiver<Result<SnapshotItem, Fault>>,
-    pub task: tokio::task::JoinHandle<()>,
-    pub time_us: i64,
-    pub xid: u32,
-    /// Where in the WAL tables have the shape that they are read in.
-    pub shapes_from: Lsn,
-    /// Tables, with the planner's guess at their rows.
-    pub tables: Vec<(String, u64)>,
-}
-
-pub(super) enum SnapshotItem {
-    /// The rows of this table follow.
-    Table(Arc<Table>),
-    /// Whole CopyData messages.
-    Rows(BytesMut, OwnedSemaphorePermit),
-    TableDone(String),
-    Done,
-}
-
-impl Drop for SnapshotFeed {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
 impl Drop for StreamFeed {
     fn drop(&mut self) {
         // The task says goodbye by itself; it ends on its own deadline.
         self.stop.cancel();
     }
-}
-
-/// Tables that are asked for.
-#[derive(Default)]
-pub(super) struct Wanted {
-    /// With rows of their own, or roots where partitions are published through them.
-    pub tables: Vec<CatalogTable>,
-    pub parents: Vec<CatalogTable>,
-    /// Partitions that have the rows of roots.
-    pub leaves: Vec<CatalogTable>,
-    /// How much of each table is published.
-    pub published: Vec<Published>,
-}
-
-pub(super) async fn wanted(session: &mut Session, settings: &CaptureSettings) -> Result<Wanted, PostgresError> {
-    let all = catalog::tables(session).await?;
-    let asked: Vec<CatalogTable> = all.into_iter().filter(|table| settings.tables.wants_table(table)).collect();
-    let (parents, leaves): (Vec<_>, Vec<_>) = asked.into_iter().partition(|table| table.partitioned);
-    if !settings.via_root {
-        return Ok(Wanted { tables: leaves, parents, ..Wanted::default() });
-    }
-    // Through the root: a partition of a wanted root has no topic of its own.
-    let covered = |table: &CatalogTable| {
-        table
-            .ancestors
-            .iter()
-            .any(|(schema, name)| parents.iter().any(|parent| parent.schema == *schema && parent.name == *name))
-    };
-    let (leaves, mut tables): (Vec<_>, Vec<_>) = leaves.into_iter().partition(covered);
-    tables.extend(parents.iter().filter(|table| !covered(table)).cloned());
-    Ok(Wanted { tables, leaves, ..Wanted::default() })
-}
-
-/// Takes out of `wanted` the tables that are not in the publication and that only another role can add; their names.
-/// A first publication is all or nothing.
-fn take_others(
-    wanted: &mut Wanted,
-    found: Option<&publication::Publication>,
-    settings: &CaptureSettings,
-    facts: &ServerFacts,
-) -> Vec<String> {
-    let Some(found) = found else { return Vec::new() };
-    if facts.superuser || settings.autocreate != Autocreate::Filtered {
-        return Vec::new();
-    }
-    let others = |table: &CatalogTable| !table.owned && !found.has(&table.schema, &table.name);
-    let names = wanted.tables.iter().filter(|table| others(table)).map(CatalogTable::full_name).collect();
-    wanted.tables.retain(|table| !others(table));
-    names
-}
-
-/// Two tables whose rows would be mixed in one topic: their names differ in what Kafka forbids in a topic's.
-pub(super) fn shared_topic(wanted: &Wanted, settings: &CaptureSettings) -> Option<String> {
-    let mut topics: BTreeMap<String, String> = BTreeMap::new();
-    for table in &wanted.tables {
-        let topic = avro::topic_name(&settings.prefix, &table.schema, &table.name);
-        if let Some(other) = topics.insert(topic.clone(), table.full_name()) {
-            return Some(format!(
-                "{other} and {} would share topic '{topic}'. hint: rename one, or leave it out with table.exclude.list",
-                table.full_name()
-            ));
-        }
-    }
-    None
-}
-
-/// Tables that are asked for and not published: those that this role can add, and those of others.
-pub(super) async fn unpublished(
-    session: &mut Session,
-    settings: &CaptureSettings,
-) -> Result<(Vec<String>, Vec<String>), PostgresError> {
-    let facts = catalog::server_facts(session).await?;
-    let mut wanted = wanted(session, settings).await?;
-    let found = publication::find(session, &settings.publication).await?;
-    let others = take_others(&mut wanted, found.as_ref(), settings, &facts);
-    // A publication that is gone, or that somebody else keeps, is told of at the next opening.
-    let ours = match found.is_some() && settings.autocreate == Autocreate::Filtered {
-        true => publication::changes(found.as_ref(), &wish(settings, &wanted, &facts))?.added,
-        false => Vec::new(),
-    };
-    Ok((ours, others))
 }
 
 pub(super) struct Opening {
@@ -205,6 +93,8 @@ pub(super) struct Opening {
     /// All is handed on that was committed before tables were found that are asked for and not published: they are
     /// taken now.
     pub adopt: bool,
+    /// The server could not go on, for want of the publication.
+    pub unpublished: bool,
 }
 
 impl Opening {
@@ -272,11 +162,15 @@ impl Opening {
                 stored.slot, self.settings.slot
             )));
         }
-        if stored.snapshot.is_some() {
-            if stored.system_identifier != system.system_identifier {
-                return Ok(Opened::Store(Box::new(fresh(stored.epoch + 1))));
+        if let Some(progress) = &stored.snapshot {
+            match slot::check(&self.settings.slot, &server, &stored, stored.commit_end) {
+                // What was streamed before the tables came is not in a new snapshot.
+                Err(loss) if progress.adopting => return self.lost(loss, fresh(stored.epoch + 1)),
+                _ if stored.system_identifier != system.system_identifier => {
+                    return Ok(Opened::Store(Box::new(fresh(stored.epoch + 1))));
+                }
+                _ => return self.begin(session, &server, &facts, stored).await,
             }
-            return self.begin(session, &server, &facts, stored).await;
         }
         if self.settings.snapshot == SnapshotMode::InitialOnly {
             // Nobody will read the slot: it would only keep WAL.
@@ -285,16 +179,13 @@ impl Opening {
         }
         let handed = self.from.as_ref().map_or(stored.commit_end, |from| from.commit_end);
         if let Err(loss) = slot::check(&self.settings.slot, &server, &stored, handed) {
-            if matches!(self.settings.snapshot, SnapshotMode::WhenNeeded | SnapshotMode::Always) {
-                tracing::warn!(connector = %self.name, "{loss}; reading all tables anew (snapshot.mode). Rows that were \
-                    deleted meanwhile stay in the topics");
-                return Ok(Opened::Store(Box::new(fresh(stored.epoch + 1))));
-            }
-            return Err(Fault::stop(format!(
-                "{loss}. hint: 'snapshot.mode: when_needed' reads all tables anew; or compare by hand, then \
-                 'tidegate connectors reset {} --to end'",
-                self.name
-            )));
+            return self.lost(loss, fresh(stored.epoch + 1));
+        }
+        // Without data there may never have been one: a slot that was there is gone on with.
+        let gone = self.settings.snapshot != SnapshotMode::NoData
+            && publication::find(&mut session, &self.settings.publication).await?.is_none();
+        if gone || self.unpublished {
+            return self.lost(without_publication(&self.settings), fresh(stored.epoch + 1));
         }
         if self.settings.snapshot == SnapshotMode::Always && self.first {
             // Under the slot that is there: what was committed since is streamed, too.
@@ -309,8 +200,8 @@ impl Opening {
             // Stored before they are published: what is published and has not been read would not be missed any more.
             let taken = |table: &CatalogTable| !changes.added.contains(&table.full_name());
             let done = wanted.tables.iter().filter(|table| taken(table)).map(CatalogTable::full_name).collect();
-            let begun = Vec::new();
-            let progress = SnapshotProgress { consistent_point: position.commit_end, done, begun };
+            let consistent_point = position.commit_end;
+            let progress = SnapshotProgress { consistent_point, done, begun: Vec::new(), adopting: true };
             tracing::info!(connector = %self.name, tables = %changes.added.join(", "), "new: reading them, then on");
             return Ok(Opened::Store(Box::new(CapturePosition { snapshot: Some(progress), ..position })));
         } else {
@@ -330,6 +221,20 @@ impl Opening {
         self.stream(session, position, catalog, behind).await
     }
 
+    /// Changes are or may be missing in the log: all is read anew where that is asked for.
+    fn lost(&self, loss: impl std::fmt::Display, anew: CapturePosition) -> Result<Opened, Fault> {
+        if matches!(self.settings.snapshot, SnapshotMode::WhenNeeded | SnapshotMode::Always) {
+            tracing::warn!(connector = %self.name, "{loss}; reading all tables anew (snapshot.mode). Rows that were \
+                deleted meanwhile stay in the topics");
+            return Ok(Opened::Store(Box::new(anew)));
+        }
+        Err(Fault::stop(format!(
+            "{loss}. hint: 'snapshot.mode: when_needed' reads all tables anew; or compare by hand, then \
+             'tidegate connectors reset {} --to end'",
+            self.name
+        )))
+    }
+
     /// Another connection in place of this one, with the slot held: a walsender that has run SQL on tables has the catalog
     /// of now in its caches, and decodes older rows by it (tried: a later column, null, in rows from before it). On the
     /// stream's connection nothing that touches a table is ever run.
@@ -337,6 +242,8 @@ impl Opening {
         slot::release(&mut session, &self.settings.slot).await?;
         session.close().await;
         let mut session = self.address.connect(Purpose::Replication).await?;
+        // A transaction is decoded and sent within one of the walsender's own.
+        catalog::lift_transaction_timeout(&mut session).await?;
         match slot::hold(&mut session, &self.settings.slot).await? {
             None => Ok(session),
             Some(holder) => Err(self.taken(&holder)),
@@ -392,7 +299,8 @@ impl Opening {
         let others = take_others(&mut wanted, found.as_ref(), &self.settings, facts);
         if !others.is_empty() {
             tracing::warn!(connector = %self.name, tables = %others.join(", "),
-                "are asked for and not captured: only their owner can publish them; hint: 'tidegate plan'");
+                "are asked for and not captured: only a role that owns them and the publication can publish them; \
+                 hint: 'tidegate plan'");
         }
         self.status.set_fact(NOT_CAPTURED, others);
         if let Some(problem) = shared_topic(&wanted, &self.settings) {
@@ -414,14 +322,7 @@ impl Opening {
         wanted: &Wanted,
         changes: &publication::Changes,
     ) -> Result<(), Fault> {
-        publication::apply(session, changes).await.map_err(|error| match error.code() {
-            Some("42501") => {
-                Fault::stop(format!("{error}. hint: a role that owns the tables must run: {};", changes.sql.join("; ")))
-            }
-            // Somebody else has just made it, or a table was just dropped.
-            Some("42710" | "23505" | "42P01") => Fault::retry(error.to_string()),
-            _ => error.into(),
-        })?;
+        apply(session, changes).await?;
         if !changes.added.is_empty() {
             tracing::info!(connector = %self.name, publication = %self.settings.publication,
                 tables = %changes.added.join(", "), of = wanted.tables.len(), "published");
@@ -442,10 +343,8 @@ impl Opening {
         facts: &ServerFacts,
         stored: CapturePosition,
     ) -> Result<Opened, Fault> {
-        let (mut wanted, changes) = self.compare(&mut session, facts).await?;
+        let (wanted, changes) = self.compare(&mut session, facts).await?;
         self.publish(&mut session, &wanted, &changes).await?;
-        wanted.published =
-            publication::find(&mut session, &self.settings.publication).await?.unwrap_or_default().tables;
         let settings = self.settings.clone();
         let with_data = settings.snapshot != SnapshotMode::NoData;
         let begun = stored.snapshot.as_ref().is_some_and(|progress| progress.consistent_point != Lsn::ZERO);
@@ -499,12 +398,7 @@ impl Opening {
                 return Ok(Opened::Store(Box::new(position)));
             };
             let done = position.snapshot.as_ref().map_or(&[][..], |progress| &progress.done);
-            let mut left = Wanted {
-                tables: wanted.tables.clone(),
-                leaves: wanted.leaves.clone(),
-                published: wanted.published.clone(),
-                ..Wanted::default()
-            };
+            let mut left = Wanted { tables: wanted.tables.clone(), leaves: wanted.leaves.clone(), ..Wanted::default() };
             left.tables.retain(|table| !done.contains(&table.full_name()));
             let reading = self.address.connect(Purpose::Sql).await?;
             let locked: Vec<(Oid, String, String)> = left
@@ -514,7 +408,8 @@ impl Opening {
                 .map(|table| (table.oid, table.schema.clone(), table.name.clone()))
                 .collect();
             match SnapshotReader::open(reading, &snapshot, &locked).await.map_err(reading_fault)? {
-                Ok(reader) => {
+                Ok(mut reader) => {
+                    left.published = reader.published(&settings.publication).await.map_err(reading_fault)?;
                     if keeps {
                         tracing::info!(connector = %self.name, slot = %settings.slot, since = %position.commit_end,
                             tables = left.tables.len(), "reading the tables that are left");
@@ -587,67 +482,5 @@ impl Opening {
             let _ = sender.send(last).await;
         });
         Opened::Snapshot(SnapshotFeed { items, task, time_us, xid, shapes_from, tables }, Box::new(position))
-    }
-}
-
-/// A table that was dropped, renamed or lost a column between the slot and its lock is found anew by the next reading.
-fn reading_fault(error: PostgresError) -> Fault {
-    match error.code() {
-        Some("42P01" | "42703" | "3F000") => {
-            Fault::retry(format!("a table was altered while the snapshot began, which is taken anew: {error}"))
-        }
-        Some("42501") if error.to_string().contains("row-level security") => {
-            Fault::stop(format!("{error}. hint: ALTER ROLE … BYPASSRLS: a snapshot without the hidden rows is none"))
-        }
-        _ => error.into(),
-    }
-}
-
-/// The tables' rows, in order, into the queue.
-async fn read_all(
-    reader: &mut SnapshotReader,
-    all: &Wanted,
-    generated: bool,
-    queue: &mpsc::Sender<Result<SnapshotItem, Fault>>,
-) -> Result<(), PostgresError> {
-    const QUEUE_BYTES: usize = 8 << 20;
-    const SILENCE: Duration = Duration::from_secs(300);
-    let room = Arc::new(Semaphore::new(QUEUE_BYTES >> 10));
-    let gone = |_| PostgresError::Protocol("nobody reads the snapshot".into());
-    for wanted in &all.tables {
-        let published = all.published.iter().find(|of| of.schema == wanted.schema && of.name == wanted.name);
-        let Some(table) = reader.table(wanted.oid, generated, published).await? else { continue };
-        if table.columns.is_empty() {
-            continue;
-        }
-        let table = Arc::new(table);
-        queue.send(Ok(SnapshotItem::Table(table.clone()))).await.map_err(gone)?;
-        let late =
-            |_| PostgresError::Timeout { what: format!("the next rows of {}", table.full_name()), after: SILENCE };
-        let sql = timeout(SILENCE, reader.begin(&table, wanted.partitioned, published)).await.map_err(late)??;
-        loop {
-            let rows = timeout(SILENCE, reader.rows(&sql)).await.map_err(late)??;
-            let Some(rows) = rows else { break };
-            let share = (rows.len() >> 10).clamp(1, QUEUE_BYTES >> 10) as u32;
-            let Ok(share) = room.clone().acquire_many_owned(share).await else { break };
-            queue.send(Ok(SnapshotItem::Rows(rows, share))).await.map_err(gone)?;
-        }
-        queue.send(Ok(SnapshotItem::TableDone(table.full_name()))).await.map_err(gone)?;
-    }
-    Ok(())
-}
-
-pub(super) fn wish<'a>(
-    settings: &'a CaptureSettings,
-    wanted: &'a Wanted,
-    facts: &ServerFacts,
-) -> publication::Wish<'a> {
-    publication::Wish {
-        name: &settings.publication,
-        autocreate: settings.autocreate,
-        via_root: settings.via_root,
-        tables: &wanted.tables,
-        parents: &wanted.parents,
-        server: facts.version,
     }
 }

@@ -8,16 +8,16 @@ use crate::avro::{self, Decoder, EventMeta, SnapshotMarker, TablePlan, Transacti
 use crate::event::{CapturePosition, Lsn, Operation};
 use crate::log::Log;
 use crate::pipeline::{Fault, Plan, PlanStep};
-use crate::postgres::catalog::{self, load_tables};
+use crate::postgres::catalog::{self, CatalogTable, load_tables};
 use crate::postgres::copy_text::RowReader;
 use crate::postgres::frames::next_frame;
 use crate::postgres::slot::Loss;
 use crate::postgres::{Address, Purpose, identifier, publication, qualified, slot, snapshot};
 use crate::registry::Registry;
 
-use super::opening::{shared_topic, wanted, wish};
 use super::relations::encoding_fault;
 use super::settings::{CaptureSettings, SnapshotMode};
+use super::wanted::{shared_topic, wanted, wish, without_publication};
 
 fn step(action: &'static str, what: &'static str, name: &str, detail: Option<String>) -> PlanStep {
     PlanStep { action, what, name: name.to_owned(), detail }
@@ -53,12 +53,16 @@ pub async fn plan(
         Ok(changes) => {
             let action = if changes.creates { "create" } else { "change" };
             plan.steps.push(step(action, "publication", &settings.publication, Some(changes.sql.join("; "))));
-            let foreign: Vec<String> =
-                wanted.tables.iter().filter(|table| !table.owned).map(|table| table.full_name()).collect();
+            let added = |table: &&CatalogTable| !table.owned && changes.added.contains(&table.full_name());
+            let mut foreign: Vec<String> = wanted.tables.iter().filter(added).map(CatalogTable::full_name).collect();
+            if found.as_ref().is_some_and(|found| !found.owned) {
+                foreign.push(format!("publication {}", settings.publication));
+            }
             if (changes.creates && !facts.may_create_publications) || (!foreign.is_empty() && !facts.superuser) {
                 plan.problems.push(format!(
-                    "role '{}' may not make the publication: it needs CREATE on the database and must own {}",
+                    "role '{}' may not {action} the publication: it {}must own {}",
                     facts.user,
+                    if changes.creates { "needs CREATE on the database and " } else { "" },
                     if foreign.is_empty() { "the tables".to_owned() } else { foreign.join(", ") }
                 ));
                 plan.dba_sql.extend(changes.sql.iter().map(|sql| format!("{sql};")));
@@ -67,6 +71,7 @@ pub async fn plan(
         Err(error) => plan.problems.push(error.to_string()),
     }
 
+    let unpublished = found.is_none();
     let found = slot::find(&mut session, &settings.slot).await?;
     let snapshot = if settings.snapshot == SnapshotMode::NoData { "no snapshot" } else { "then a snapshot" };
     match (&found, stored) {
@@ -100,6 +105,9 @@ pub async fn plan(
                 let behind = found.confirmed_flush.map(|lsn| lsn.to_string()).unwrap_or_default();
                 let detail = format!("from {}, the server knows of {behind}", stored.commit_end);
                 plan.steps.push(step("keep", "slot", &settings.slot, Some(detail)));
+            }
+            if unpublished && settings.snapshot != SnapshotMode::NoData {
+                plan.problems.push(without_publication(&settings));
             }
             if let Some(replicating) = &mut replicating {
                 let server = slot::look(replicating, &settings.slot, Some(stored)).await?;

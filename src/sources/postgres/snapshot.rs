@@ -16,7 +16,7 @@ use crate::pipeline::{Fault, Status};
 use crate::postgres::frames::next_frame;
 
 use super::envelope::snapshot_marker;
-use super::opening::{SnapshotFeed, SnapshotItem};
+use super::reading::{SnapshotFeed, SnapshotItem};
 use super::relations::{Captured, Origin, Resolver};
 use super::schemas::Schemas;
 use super::writer::Writer;

@@ -10,6 +10,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::event::{CapturePosition, Lsn};
 use crate::pipeline::Fault;
+use crate::postgres::PostgresError;
 use crate::postgres::relation;
 use crate::postgres::replication::Chunk;
 
@@ -31,12 +32,14 @@ pub(super) struct Streaming {
     /// Tables to be made ready after that one, for rows from this LSN on.
     waiting: Vec<(Origin, Lsn)>,
     readying_messages: Option<JoinHandle<Result<MessageTopic, Fault>>>,
-    /// When received bytes were last looked at, or found to be none: changes that are in the log already, or filtered,
-    /// are consumed and nothing is handed on.
-    consumed: Instant,
+    /// Since when received bytes have been seen lying here. Not since something was handed on: changes that are in the
+    /// log already, or filtered, are consumed and nothing is.
+    unread: Option<Instant>,
     /// How often the server had asked when the position was last moved on.
     asked: u64,
     heartbeat: Option<Heartbeat>,
+    /// The server found no publication for a row.
+    pub unpublished: bool,
 }
 
 /// `heartbeat.interval.ms`
@@ -90,14 +93,21 @@ impl Streaming {
             resolving: None,
             waiting: Vec::new(),
             readying_messages: None,
-            consumed: Instant::now(),
+            unread: None,
             asked: 0,
+            unpublished: false,
         }
     }
 
-    /// Nothing that was received is left to be looked at.
-    pub(super) fn has_read_all(&self) -> bool {
-        self.chunk.is_none() && self.feed.chunks.is_empty()
+    fn take(&mut self, received: Result<Chunk, PostgresError>) -> Result<(), Fault> {
+        /// `undefined_object`
+        const UNDEFINED: &str = "42704";
+        self.chunk = Some(received.map_err(|error| {
+            self.unpublished = error.code() == Some(UNDEFINED);
+            if self.unpublished { Fault::retry(error.to_string()) } else { error.into() }
+        })?);
+        self.cursor = 0;
+        Ok(())
     }
 
     /// Goes on until a batch, or a position alone, is to be handed on. Safe to drop at its await.
@@ -112,7 +122,7 @@ impl Streaming {
             self.make_ready(writer, schemas, resolver).await?;
             if let Some(chunk) = &self.chunk {
                 let step = writer.run(&chunk.bytes, &mut self.cursor, now_ns())?;
-                self.consumed = Instant::now();
+                self.unread = None;
                 match step {
                     Step::Consumed => {
                         self.chunk = None;
@@ -131,8 +141,7 @@ impl Streaming {
                 Err(tokio::sync::mpsc::error::TryRecvError::Disconnected) => return Err(stream_ended()),
             };
             if let Some(received) = received {
-                self.chunk = Some(received?);
-                self.cursor = 0;
+                self.take(received)?;
                 continue;
             }
             // Nothing more is here: what is written may go, at the end of a transaction.
@@ -169,8 +178,7 @@ impl Streaming {
                     },
                 }
             };
-            self.chunk = Some(received.ok_or_else(stream_ended)??);
-            self.cursor = 0;
+            self.take(received.ok_or_else(stream_ended)?)?;
         }
     }
 
@@ -252,11 +260,10 @@ impl Streaming {
         }
     }
 
-    /// Whether bytes have been lying here for longer than `limit` without anybody asking for them.
-    pub(super) fn waits_longer_than(&mut self, limit: Duration) -> bool {
-        if self.chunk.is_none() && self.feed.chunks.is_empty() {
-            self.consumed = Instant::now();
-        }
-        self.consumed.elapsed() > limit
+    /// How long bytes have been lying here without anybody asking for them.
+    pub(super) fn waits(&mut self) -> Duration {
+        let lies = self.chunk.is_some() || !self.feed.chunks.is_empty();
+        self.unread = lies.then(|| self.unread.unwrap_or_else(Instant::now));
+        self.unread.map_or(Duration::ZERO, |since| since.elapsed())
     }
 }

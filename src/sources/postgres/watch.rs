@@ -12,9 +12,9 @@ use crate::event::Lsn;
 use crate::pipeline::Status;
 use crate::postgres::slot::{self, Slot};
 
-use super::opening;
 use super::relations::Catalog;
 use super::settings::CaptureSettings;
+use super::wanted;
 
 const EVERY: Duration = Duration::from_secs(5);
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -41,6 +41,8 @@ struct Before {
     ends: [Lsn; 2],
     /// Tables were found that are asked for and not published (made, or made again), and where the WAL ended then.
     unpublished_at: Option<Lsn>,
+    /// What is wrong with the publication itself.
+    wrong: Option<String>,
 }
 
 impl Drop for Watch {
@@ -80,6 +82,11 @@ impl Watch {
         self.before().unpublished_at = None;
     }
 
+    /// What is wrong with the publication since it was last asked.
+    pub(super) fn take_wrong(&self) -> Option<String> {
+        self.before().wrong.take()
+    }
+
     fn before(&self) -> std::sync::MutexGuard<'_, Before> {
         self.before.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
@@ -100,12 +107,13 @@ impl Watch {
             let look = async {
                 let mut session = catalog.session().await?;
                 if expected {
-                    match opening::unpublished(&mut session, &settings).await {
-                        Ok((ours, others)) => {
-                            unpublished = !ours.is_empty();
-                            status.set_fact(opening::NOT_CAPTURED, others);
+                    match wanted::unpublished(&mut session, &settings).await {
+                        Ok(found) => {
+                            unpublished = !found.ours.is_empty();
+                            status.set_fact(wanted::NOT_CAPTURED, found.others);
+                            before.lock().unwrap_or_else(std::sync::PoisonError::into_inner).wrong = found.wrong;
                         }
-                        // What is wrong with the publication is said where it is used; the slot is looked at anyway.
+                        // The slot is looked at anyway.
                         Err(error) => tracing::debug!(connector = %name, %error, "the tables can't be looked at"),
                     }
                 }

@@ -133,6 +133,11 @@ impl Writer {
         self.transaction.is_some()
     }
 
+    /// Commit time of the transaction that is being written, or of the last one; microseconds since 1970.
+    pub(super) fn commit_us(&self) -> Option<i64> {
+        self.transaction.as_ref().map(|transaction| transaction.time_us).or(self.last_commit_us)
+    }
+
     pub(super) fn is_full(&self) -> bool {
         self.batch.byte_size() >= self.settings.batch_bytes
     }

@@ -83,6 +83,10 @@ impl Connector for Settings {
         let epoch = stored.as_ref().map_or(1, |stored| stored.epoch + 1);
         let slot_name = &self.0.slot;
         let mut session = address.connect(Purpose::Replication).await?;
+        if matches!(to, ResetTo::End) {
+            // What is committed without it is not streamed.
+            postgres::ensure_publication(&mut session, &self.0).await?;
+        }
         let system = replication::identify_system(&mut session).await?;
         let found = slot::find(&mut session, slot_name).await?;
         let fresh = CapturePosition {

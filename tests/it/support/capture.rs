@@ -20,7 +20,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use super::{Database, eventually};
+use super::{Database, Gate, eventually};
 
 /// Schemas in memory: what a capture needs of a registry.
 #[derive(Default)]
@@ -86,6 +86,14 @@ impl World {
         let world = Self::new(database, tables);
         let capture = world.start_streaming().await;
         (world, capture)
+    }
+
+    /// One whose captures are held, while the gate is shut, before they send `text` to the server.
+    pub async fn gated(database: &Database<'_>, tables: &[&str], text: &'static str) -> (Self, Gate) {
+        let gate = Gate::before(database.server.port(), text).await;
+        let mut world = Self::new(database, tables);
+        world.url = database.url_at(gate.port);
+        (world, gate)
     }
 
     pub fn with_registry(database: &Database<'_>, tables: &[&str], registry: Arc<dyn Registry>) -> Self {
@@ -254,6 +262,14 @@ impl Running {
         eventually(Duration::from_secs(60), "streaming", async || match self.status.facts().get("stage") {
             Some(stage) if stage == "streaming" => Ok(()),
             other => Err(format!("{other:?}, {:?}", self.status.last_error())),
+        })
+        .await;
+    }
+
+    /// Waits until the server is asked for a slot, which it makes when every transaction under way has ended.
+    pub async fn making_slot(&self) {
+        eventually(Duration::from_secs(30), "the slot is being made", async || {
+            self.status.progress().is_some_and(|progress| progress.contains("making slot"))
         })
         .await;
     }
