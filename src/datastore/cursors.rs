@@ -157,17 +157,23 @@ pub struct Listed {
     pub at_us: i64,
 }
 
+/// Cursors of held records that a listing goes back for, at the most.
+const MOST_STALE: usize = 10_000;
+
 /// What a listing that begins now must know: the push sequence, the datastore's time, and the cursors of held records
-/// that have become old, which must be listed again from there.
+/// that have become old, or are about to (what is pushed just now may have its number already), which must be listed
+/// again from there. `None`: so many that everything is to be listed.
 pub async fn listing_begins<C: GenericClient>(
     client: &C,
     connector: &str,
-) -> Result<(Listed, Vec<Value>), DatastoreError> {
+) -> Result<(Listed, Option<Vec<Value>>), DatastoreError> {
     let select = client
         .prepare_cached(&format!(
             "SELECT CASE WHEN s.is_called THEN s.last_value ELSE 0 END, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint, \
-                 (SELECT json_agg(cursor) FROM (SELECT cursor FROM tidegate.held h WHERE connector = $1 AND {STALE} LIMIT 10000) c) \
-             FROM tidegate.push_seq s"
+                 (SELECT json_agg(cursor) FROM (SELECT cursor FROM tidegate.held h \
+                     WHERE connector = $1 AND ({STALE} OR {IN_FLIGHT}) LIMIT {}) c) \
+             FROM tidegate.push_seq s",
+            MOST_STALE + 1
         ))
         .await?;
     let row = client.query_one(&select, &[&connector]).await?;
@@ -175,31 +181,34 @@ pub async fn listing_begins<C: GenericClient>(
         Some(Value::Array(cursors)) => cursors,
         _ => Vec::new(),
     };
-    Ok((Listed { push_seq: row.get(0), at_us: row.get(1) }, cursors))
+    let listed = Listed { push_seq: row.get(0), at_us: row.get(1) };
+    Ok((listed, (cursors.len() <= MOST_STALE).then_some(cursors)))
 }
 
 /// After a complete listing that began at `listed`: what a push, or a newer version, had made old before, and the
-/// listing did not bring again, is not in the system any more.
+/// listing did not bring again, is not in the system any more. What was held since is for the next listing, which goes
+/// back for it.
 pub async fn drop_unlisted<C: GenericClient>(
     transaction: &C,
     connector: &str,
     listed: Listed,
 ) -> Result<u64, DatastoreError> {
+    let began_us = listed.at_us as f64;
     let behind = transaction
         .prepare_cached(
             "DELETE FROM tidegate.held WHERE connector = $1 AND behind \
              AND listed_at < to_timestamp(0) + make_interval(secs => $2::float8 / 1000000)",
         )
         .await?;
-    let behind = transaction.execute(&behind, &[&connector, &(listed.at_us as f64)]).await?;
+    let behind = transaction.execute(&behind, &[&connector, &began_us]).await?;
     let delete = transaction
         .prepare_cached(
             "DELETE FROM tidegate.held h USING tidegate.links l WHERE h.connector = $1 AND h.push_seq < $2 \
-             AND l.system = h.system AND l.object = h.object AND l.external_id = h.external_id \
-             AND l.intent IS NULL AND l.pushed_seq > h.push_seq AND l.pushed_seq <= $2",
+             AND h.listed_at < to_timestamp(0) + make_interval(secs => $3::float8 / 1000000) \
+             AND l.system = h.system AND l.object = h.object AND l.external_id = h.external_id AND l.intent IS NULL AND l.pushed_seq > h.push_seq AND l.pushed_seq <= $2",
         )
         .await?;
-    Ok(behind + transaction.execute(&delete, &[&connector, &listed.push_seq]).await?)
+    Ok(behind + transaction.execute(&delete, &[&connector, &listed.push_seq, &began_us]).await?)
 }
 
 /// What a pull has put aside: how much of it there is, and whether any of it may be tried now.

@@ -141,10 +141,15 @@ impl HttpSource {
             high = if state.cursor.is_null() { incremental.initial.clone() } else { state.cursor.clone() };
             since = if state.cursor.is_null() { high.clone() } else { incremental.back(&high).map_err(Fault::stop)? };
             // What a delivery has overtaken is listed again from where it was.
-            for stale in stale {
-                if !stale.is_null() && order(&stale, &since).is_lt() {
-                    since = stale;
+            match stale {
+                Some(stale) => {
+                    for stale in stale {
+                        if !stale.is_null() && order(&stale, &since).is_lt() {
+                            since = stale;
+                        }
+                    }
                 }
+                None => since = incremental.initial.clone(),
             }
         }
         Ok(Run::new(since, high, &state.seen, listed))

@@ -130,7 +130,7 @@ async fn a_record_that_cant_be_written_is_parked_and_the_others_go_on() {
     records[1]["price"] = json!("-1");
     records[2]["price"] = json!("many");
     records[3]["at"] = json!("yesterday evening");
-    let api = Api::start(records).await;
+    let api = Api::start(records.clone()).await;
     let stage = stage(&database, &api).await;
     let running = stage.start(&pull("/all", ""));
     becomes(&client, "SELECT string_agg(sku, ' ' ORDER BY sku) FROM parts", "S1 S5").await;
@@ -144,6 +144,9 @@ async fn a_record_that_cant_be_written_is_parked_and_the_others_go_on() {
     api.set(parts(5));
     becomes(&client, "SELECT string_agg(sku, ' ' ORDER BY sku) FROM parts", "S1 S2 S3 S4 S5").await;
     becomes(&client, "SELECT count(*)::text FROM tidegate.parked", "0").await;
+    // Wrong again in the very same way, it is one again.
+    api.set(records);
+    becomes(&client, "SELECT string_agg(key ->> 'id', ' ' ORDER BY key ->> 'id') FROM tidegate.parked", "2 3 4").await;
     running.stop().await.unwrap();
 }
 

@@ -175,10 +175,16 @@ impl Inside {
         Ok(MappedPage { mapped: drafts.into_iter().map(finish).collect(), unchanged, any_held })
     }
 
-    /// This very record was parked, and comes again only since the listing does.
+    /// This very record was parked, and comes again only since the listing does. Once another has come in its place it
+    /// is a change when it comes again.
     fn was_refused(&self, id: &Value, record: &Value) -> bool {
-        let refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
-        refused.get(&id_text(id)).is_some_and(|known| *known == super::hash(record))
+        let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        let id = id_text(id);
+        let same = refused.get(&id).is_some_and(|known| *known == super::hash(record));
+        if !same {
+            refused.remove(&id);
+        }
+        same
     }
 
     /// The record is as it was last applied, and nothing was sent since.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde_json::json;
-use tidegate::datastore::put_aside;
+use tidegate::datastore::{drop_unlisted, listing_begins, put_aside};
 use tidegate::pipeline::ResetTo;
 
 use super::{becomes, count, part, parts, pull, stage, text, world};
@@ -244,4 +244,75 @@ async fn records_without_a_link_wait_while_a_create_is_under_way() {
     becomes(&client, "SELECT count(*)::text FROM tidegate.held", "0").await;
     assert_eq!(count(&client, "parts").await, 1);
     running.stop().await.unwrap();
+}
+
+const HELD: &str = "INSERT INTO tidegate.held (connector, system, object, external_id, record, reason, push_seq, cursor) \
+     SELECT 'parts', 'api', 'part', n::text, '{}', 'older', $1::bigint, $2::json FROM generate_series($3::int, $4::int) n";
+
+#[tokio::test]
+async fn what_is_held_while_a_listing_is_read_waits_for_the_next_one() {
+    let (database, client) = world("meanwhile").await;
+    let api = Api::start(parts(2)).await;
+    let stage = stage(&database, &api).await;
+    stage.run_once(&pull("/all", "")).await;
+    client
+        .batch_execute(
+            "UPDATE tidegate.links SET pushed_seq = nextval('tidegate.push_seq') WHERE external_id IN ('1', '2')",
+        )
+        .await
+        .unwrap();
+    let own = stage.datastore.client().await.unwrap();
+    let before = json!("2026-01-01T00:00:01Z");
+    client.execute(HELD, &[&0_i64, &before, &1, &1]).await.unwrap();
+    let (listed, stale) = listing_begins(&own, "parts").await.unwrap();
+    assert_eq!(stale, Some(vec![before]));
+    // A dead letter that is replayed between two pages is as old as can be, and this listing did not go back for it.
+    client.execute(HELD, &[&0_i64, &json!("2025-01-01T00:00:00Z"), &2, &2]).await.unwrap();
+    assert_eq!(drop_unlisted(&own, "parts", listed).await.unwrap(), 1);
+    assert_eq!(text(&client, "SELECT external_id FROM tidegate.held").await, "2");
+    let (listed, stale) = listing_begins(&own, "parts").await.unwrap();
+    assert_eq!(stale, Some(vec![json!("2025-01-01T00:00:00Z")]));
+    assert_eq!(drop_unlisted(&own, "parts", listed).await.unwrap(), 1);
+}
+
+#[tokio::test]
+async fn a_listing_goes_back_for_what_is_being_sent_and_for_everything_where_much_is_old() {
+    let (database, client) = world("back").await;
+    let api = Api::start(parts(1)).await;
+    let stage = stage(&database, &api).await;
+    stage.run_once(&pull("/all", "")).await;
+    let own = stage.datastore.client().await.unwrap();
+    let (early, late) = (json!("2025-01-01T00:00:00Z"), json!("2026-01-01T00:00:00Z"));
+    client.execute(HELD, &[&0_i64, &early, &1, &1]).await.unwrap();
+    client
+        .batch_execute(
+            "UPDATE tidegate.links SET intent = '{\"id\":\"i\",\"operation\":\"update\",\"request\":\"PUT /\",\"idempotency_key\":\"k\",\"owner\":\"o\",\"started_ms\":0,\"document\":{}}'",
+        )
+        .await
+        .unwrap();
+    // A push has its number, and its transaction is not at its end.
+    let mut other = database.connect().await;
+    let pushing = other.transaction().await.unwrap();
+    pushing
+        .batch_execute("UPDATE tidegate.links SET intent = NULL, pushed_seq = nextval('tidegate.push_seq')")
+        .await
+        .unwrap();
+    let (listed, stale) = listing_begins(&own, "parts").await.unwrap();
+    pushing.commit().await.unwrap();
+    assert_eq!(stale, Some(vec![early.clone()]), "since the end of this listing takes it for unlisted");
+    assert_eq!(drop_unlisted(&own, "parts", listed).await.unwrap(), 1);
+
+    client
+        .batch_execute(
+            "INSERT INTO tidegate.links (system, object, table_name, local_key, external_id, pushed_seq) \
+             SELECT 'api', 'part', 'public.parts', jsonb_build_object('id', n), n, 9 FROM generate_series(2, 10001) n",
+        )
+        .await
+        .unwrap();
+    client.execute(HELD, &[&0_i64, &late, &2, &10_000]).await.unwrap();
+    client.execute(HELD, &[&0_i64, &early, &1, &1]).await.unwrap();
+    let stale = listing_begins(&own, "parts").await.unwrap().1.unwrap();
+    assert!(stale.len() == 10_000 && stale.contains(&early), "{}", stale.len());
+    client.execute(HELD, &[&0_i64, &late, &10_001, &10_001]).await.unwrap();
+    assert_eq!(listing_begins(&own, "parts").await.unwrap().1, None);
 }
