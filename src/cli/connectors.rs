@@ -26,7 +26,7 @@ Examples:
   tidegate connectors reset erp-orders --to beginning
   tidegate connectors reset erp-orders --to 2026-11-21T08:00:00Z
   tidegate connectors reset erp-products --cursor '\"2026-01-01T00:00:00Z\"'
-  tidegate connectors forget old-shop           file gone: drops its slot or group, too")]
+  tidegate connectors forget old-shop           file gone: drops its slot, group or cursor, too")]
 pub struct Connectors {
     #[command(subcommand)]
     command: Command,
@@ -54,7 +54,8 @@ enum Command {
     },
     /// Start anew under the identity (database, slot, topic prefix …) that the file has now
     Migrate { connector: String },
-    /// Remove what a connector without a file has left: its slot and publication, its consumer group
+    /// Remove what a connector without a file has left: its slot and publication, its consumer group, its cursor, its
+    /// dead letters
     Forget {
         connector: String,
         /// Leave slot and publication as they are: their server is gone, or was seen to by hand

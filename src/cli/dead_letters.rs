@@ -3,13 +3,13 @@
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::output::{self, Table};
 use super::{CliError, FAILED, Global};
 use crate::datastore::Datastore;
 use crate::worker::dead_letters::{self, DeadLetterId, Verdict};
-use crate::worker::{self, Access, Resources, WorkerSettings, World, load};
+use crate::worker::{self, Access, Resources, WorkerSettings, World, load_file};
 
 /// List, show, replay or drop records that a system rejected
 ///
@@ -69,15 +69,7 @@ impl DeadLetters {
                     must_have_a_file(&settings, &connector)?;
                 }
                 if global.json() {
-                    let letters: Vec<Value> = letters
-                        .iter()
-                        .map(|letter| {
-                            let mut shown = serde_json::to_value(letter).unwrap_or_default();
-                            shown["id"] = json!(DeadLetterId::of(letter).to_string());
-                            shown
-                        })
-                        .collect();
-                    output::print_json(&letters)?;
+                    output::print_json(&dead_letters::as_json(&letters))?;
                     return Ok(ExitCode::SUCCESS);
                 }
                 let mut table = Table::new(&["CONNECTOR", "ID", "KIND", "KEY", "SINCE", "TRIES", "REASON"]);
@@ -111,7 +103,7 @@ impl DeadLetters {
 fn must_have_a_file(settings: &WorkerSettings, connector: &str) -> Result<(), CliError> {
     let world = World { systems: &settings.systems, state: &settings.state };
     let files = worker::read_folder(&settings.connectors)?;
-    let loaded: Vec<_> = files.iter().map(|(path, text)| load(path, text, &world)).collect();
+    let loaded: Vec<_> = files.iter().map(|(path, text)| load_file(path, text, &world)).collect();
     // One that can't be read may be the one that is meant.
     if loaded.iter().any(|loaded| loaded.as_ref().is_ok_and(|loaded| loaded.name == connector) || loaded.is_err()) {
         return Ok(());

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::output;
 use super::{CliError, Global, NOT_WELL};
-use crate::worker::{self, Access, Resources, World, load};
+use crate::worker::{self, Access, Resources, World, load_file};
 
 /// Show what would be created or changed: slot, publication, topics, subjects, tables; and what is missing
 ///
@@ -35,7 +35,7 @@ impl Plan {
         let mut plans = Vec::new();
         let mut well = true;
         for (path, text) in worker::read_folder(&settings.connectors)? {
-            let loaded = match load(&path, &text, &world) {
+            let loaded = match load_file(&path, &text, &world) {
                 Ok(loaded) => loaded,
                 Err(error) => {
                     well = false;

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::output;
 use super::{CliError, FAILED, Global, UNREACHABLE};
-use crate::worker::{self, Access, Resources, World, load};
+use crate::worker::{self, Access, Resources, World, load_file};
 
 /// Show what a connector would do now: the exact requests of a sink, the rows of a pull, events of a capture
 ///
@@ -33,7 +33,7 @@ impl Preview {
         let mut wrong = None;
         let mut found = None;
         for (path, text) in worker::read_folder(&settings.connectors)? {
-            match load(&path, &text, &world) {
+            match load_file(&path, &text, &world) {
                 Ok(loaded) if loaded.name == self.connector => found = Some(loaded),
                 Ok(loaded) => names.push(loaded.name),
                 Err(error) => wrong = Some(wrong.unwrap_or(error)),

@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 
 use super::output;
 use super::{CliError, FAILED, Global, SETTINGS};
-use crate::config::{self, ConfigError, Section, Spanned};
-use crate::worker::{self, WorkerSettings, World, load};
+use crate::config::{self, ConfigError, Place, Section, Spanned};
+use crate::worker::{self, WorkerSettings, World, load_file};
 
 /// Check the settings and every connector file, and say what is wrong, where, and what would be right
 ///
@@ -63,16 +63,16 @@ impl Validate {
         Ok(if well { ExitCode::SUCCESS } else { ExitCode::from(SETTINGS) })
     }
 
-    fn texts(&self, folder: &Path) -> Result<BTreeMap<PathBuf, String>, CliError> {
+    fn texts(&self, folder: &Path) -> Result<worker::Files, CliError> {
         if self.files.is_empty() {
             return worker::read_folder(folder).map_err(|cause| {
                 CliError::new(FAILED, format!("the connectors folder {}: {cause}", folder.display()))
                     .hint("`connectors:` in the worker's settings names it")
             });
         }
-        let read = |file: &PathBuf| match std::fs::read(file) {
-            Ok(bytes) => Ok((file.clone(), String::from_utf8_lossy(&bytes).into_owned())),
+        let read = |file: &PathBuf| match worker::read_text(file) {
             Err(cause) => Err(CliError::new(FAILED, format!("{}: {cause}", file.display()))),
+            text => Ok((file.clone(), text)),
         };
         self.files.iter().map(read).collect()
     }
@@ -83,16 +83,15 @@ fn expected_folder(settings: &Path) -> PathBuf {
     let named = config::parse_file(settings)
         .and_then(|node| Section::new(node, "the worker's settings"))
         .and_then(|mut section| section.take::<PathBuf>("connectors"));
-    let named = named.ok().flatten().unwrap_or_else(|| PathBuf::from("../connectors"));
-    settings.parent().unwrap_or(Path::new("")).join(named)
+    named.ok().flatten().unwrap_or_else(|| Place::start(settings, "").beside(Path::new("../connectors")))
 }
 
-fn check(file: PathBuf, text: &str, settings: Option<&WorkerSettings>) -> Checked {
-    let named = name_and_type(&file, text);
+fn check(file: PathBuf, text: &worker::Text, settings: Option<&WorkerSettings>) -> Checked {
+    let named = worker::readable(&file, text).and_then(|text| name_and_type(&file, text));
     let (errors, unchecked) = match (settings, &named) {
         (Some(settings), _) => {
             let world = World { systems: &settings.systems, state: &settings.state };
-            (load(&file, text, &world).err().map(ConfigError::split).unwrap_or_default(), None)
+            (load_file(&file, text, &world).err().map(ConfigError::split).unwrap_or_default(), None)
         }
         (None, Ok(_)) => (Vec::new(), Some("looked at only in part, until the worker's settings are right")),
         (None, Err(error)) => (error.clone().split(), None),
@@ -120,7 +119,7 @@ fn same_names(checked: &mut [Checked]) {
     }
 }
 
-fn name_place(file: &Path) -> config::Place {
+fn name_place(file: &Path) -> Place {
     let named = config::parse_file(file)
         .and_then(|node| Section::new(node, "connector"))
         .and_then(|mut section| section.require::<Spanned<String>>("name"));

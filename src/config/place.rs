@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::ops::Deref;
-use std::path::Path;
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 /// A file as it was read. Every place in it holds it, so that an error can show its line.
@@ -37,6 +37,11 @@ impl Place {
 
     pub fn file(&self) -> &Path {
         &self.source.path
+    }
+
+    /// A path that this file names: a relative one starts at the file's folder.
+    pub fn beside(&self, path: &Path) -> PathBuf {
+        beside(self.file().parent().unwrap_or(Path::new("")), path)
     }
 
     /// The line of the file this place is in, without its end. `None` outside of files.
@@ -130,6 +135,41 @@ impl<T: fmt::Debug> fmt::Debug for Spanned<T> {
             write!(out, "*** at {}", self.place)
         } else {
             write!(out, "{:?} at {}", self.value, self.place)
+        }
+    }
+}
+
+/// `path` as seen from `folder`, with `config/../connectors` shortened to `connectors`.
+fn beside(folder: &Path, path: &Path) -> PathBuf {
+    let mut whole = PathBuf::new();
+    for part in folder.join(path).components() {
+        let inside = matches!(whole.components().next_back(), Some(Component::Normal(_)));
+        match part {
+            Component::ParentDir if inside => {
+                whole.pop();
+            }
+            Component::CurDir => {}
+            part => whole.push(part),
+        }
+    }
+    if whole.as_os_str().is_empty() { PathBuf::from(".") } else { whole }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_count_from_the_files_folder() {
+        for (folder, path, whole) in [
+            ("config", "../connectors/", "connectors"),
+            ("config", "..", "."),
+            ("", "../up", "../up"),
+            ("/etc/tidegate", "./connectors", "/etc/tidegate/connectors"),
+            ("config", "/var/lib/tidegate", "/var/lib/tidegate"),
+            ("../../a", "../b", "../../b"),
+        ] {
+            assert_eq!(beside(Path::new(folder), Path::new(path)), Path::new(whole), "{folder} {path}");
         }
     }
 }

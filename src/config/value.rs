@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -49,9 +50,11 @@ impl FromNode for Secret {
     }
 }
 
-impl FromNode for std::path::PathBuf {
+/// A relative path starts at the folder of the file that names it.
+impl FromNode for PathBuf {
     fn from_node(node: Node, name: &str) -> Result<Self, ConfigError> {
-        Ok(node.text(name)?.value.into())
+        let path = node.text(name)?;
+        Ok(path.place.beside(Path::new(&path.value)))
     }
 }
 

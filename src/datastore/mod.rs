@@ -6,6 +6,7 @@
 
 mod cursors;
 mod error;
+mod forget;
 mod grants;
 mod history;
 mod leases;
@@ -28,6 +29,7 @@ pub use cursors::{
 };
 pub use deadpool_postgres::{Client, GenericClient, Transaction};
 pub use error::{DatastoreError, DatastoreErrorKind};
+pub use forget::forget_connector;
 pub use grants::missing_grants;
 pub use history::restored_at;
 pub use leases::{Lease, acquire_lease, holds_lease, lease_owner_alive, release_leases, renew_leases, seize_lease};

@@ -68,6 +68,7 @@ impl DatastoreSettings {
         let url: Spanned<String> = section.require("url")?;
         let mut settings =
             DatastoreSettings::from_url(&url).map_err(|error| section.error("url", error.message.clone()))?;
+        settings.ssl_root_cert = settings.ssl_root_cert.map(|path| url.place.beside(&path));
         if let Some(password) = section.take::<Secret>("password")? {
             settings.set_password(&password);
         }
@@ -267,6 +268,20 @@ pub async fn connect(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_relative_root_certificate_starts_at_the_folder_of_the_file_that_names_it() {
+        for (text, path) in [
+            ("url: postgres://u@h/d\nsslrootcert: certs/ca.pem", "/etc/tidegate/certs/ca.pem"),
+            ("url: postgres://u@h/d?sslrootcert=../ca.pem", "/etc/ca.pem"),
+            ("url: host=h user=u sslrootcert=ca.pem", "/etc/tidegate/ca.pem"),
+            ("url: postgres://u@h/d\nsslrootcert: /ca.pem", "/ca.pem"),
+        ] {
+            let node = crate::config::parse_text(text, "/etc/tidegate/tidegate.yaml").unwrap();
+            let settings = DatastoreSettings::read(&mut Section::new(node, "datastore").unwrap()).unwrap();
+            assert_eq!(settings.ssl_root_cert.as_deref(), Some(std::path::Path::new(path)), "{text}");
+        }
+    }
 
     #[test]
     fn ssl_settings_are_read_from_either_spelling_and_the_rest_is_left() {

@@ -397,9 +397,15 @@ impl Log for EmbeddedLog {
                 for topic in topics {
                     for partition in 0..topic.partitions() {
                         let stand = group_offset(conn, &group, topic.id, partition).map_err(reading)?;
+                        let committed = stand.and_then(|(committed, _)| committed);
+                        let from = match stand {
+                            Some((committed, start)) => committed.unwrap_or(start),
+                            None => read::range(conn, &topic, partition)?.0,
+                        };
                         lags.push(PartitionLag {
                             topic_partition: TopicPartition::new(topic.name.clone(), partition),
-                            committed: stand.and_then(|(committed, _)| committed).map(Offset),
+                            committed: committed.map(Offset),
+                            from: Offset(from),
                             end: Offset(topic.tail(partition)),
                         });
                     }

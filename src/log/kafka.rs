@@ -441,8 +441,14 @@ impl Log for KafkaLog {
             return Ok(Vec::new());
         }
         let ends = self.inside.resolve(places.clone(), StartAt::End).await?;
+        let unread = places.iter().filter(|place| !committed.contains_key(place)).cloned().collect::<Vec<_>>();
+        let firsts = match unread.is_empty() {
+            true => Default::default(),
+            false => self.inside.resolve(unread, StartAt::Beginning).await?,
+        };
         let lag = |place: TopicPartition| PartitionLag {
             committed: committed.get(&place).copied(),
+            from: committed.get(&place).or(firsts.get(&place)).copied().unwrap_or_default(),
             end: ends.get(&place).copied().unwrap_or_default(),
             topic_partition: place,
         };

@@ -210,7 +210,16 @@ pub struct PartitionLag {
     pub topic_partition: TopicPartition,
     /// `None`: the group has committed nothing here yet.
     pub committed: Option<Offset>,
+    /// Where the group goes on: what it has committed, else the oldest record that is kept.
+    pub from: Offset,
     pub end: Offset,
+}
+
+impl PartitionLag {
+    /// Records that the group has still to read.
+    pub fn behind(&self) -> u64 {
+        u64::try_from(self.end.0 - self.from.0).unwrap_or(0)
+    }
 }
 
 /// What can go wrong with a log, with what to do about it decided by [`LogError::is_retriable`].

@@ -45,13 +45,27 @@ async fn command(
         Ok(body) => body,
         Err(fault) => return error(StatusCode::BAD_REQUEST, format!("the body is not JSON: {fault}")),
     };
+    // A name that is misspelt must not be taken for one that was left out.
+    let known: &[&str] = match command.as_str() {
+        "forget" => &["keep_slot"],
+        "reset" => &["to"],
+        _ => &[],
+    };
+    let names = body.as_object().into_iter().flatten().map(|(name, _)| name);
+    if let Some(unknown) = names.into_iter().find(|name| !known.contains(&name.as_str())) {
+        let known = if known.is_empty() { "nothing is".to_owned() } else { format!("`{}` is", known.join("`, `")) };
+        return error(StatusCode::BAD_REQUEST, format!("`{unknown}` is not known in the body of a {command}; {known}"));
+    }
     let worker = &shared.worker;
     let done = match command.as_str() {
         "pause" => worker.set_paused(&name, true).await.map(|()| format!("'{name}' is paused, also after a restart")),
         "resume" => worker.set_paused(&name, false).await.map(|()| format!("'{name}' goes on")),
         "restart" => worker.restart(&name).await.map(|()| format!("'{name}' restarts")),
         "migrate" => worker.migrate(&name).await,
-        "forget" => worker.forget(&name, body["keep_slot"] == true).await,
+        "forget" => match body.get("keep_slot").unwrap_or(&Value::Bool(false)) {
+            Value::Bool(keep_slot) => worker.forget(&name, *keep_slot).await,
+            _ => return error(StatusCode::BAD_REQUEST, "`keep_slot` is true or false"),
+        },
         "reset" => match reset_to(&body) {
             Some(to) => worker.reset(&name, to).await,
             None => {

@@ -33,7 +33,7 @@ async fn list(State(shared): State<Shared>, wanted: Result<Query<Wanted>, QueryR
     };
     let limit = wanted.limit.unwrap_or(100).clamp(1, 10_000);
     match dead_letters::list(&shared.worker.resources().datastore, wanted.connector.as_deref(), limit).await {
-        Ok(letters) => Json(letters).into_response(),
+        Ok(letters) => Json(dead_letters::as_json(&letters)).into_response(),
         Err(fault) => error(StatusCode::BAD_GATEWAY, fault.to_string()),
     }
 }

@@ -226,8 +226,7 @@ impl LogSource {
             Err(LogError::UnknownTopic(_)) => return Ok(()),
             Err(error) => return Err(fault(error)),
         };
-        let behind = |lag: &crate::log::PartitionLag| (lag.end.0 - lag.committed.map_or(0, |offset| offset.0)).max(0);
-        let events = partitions.iter().map(behind).sum::<i64>() as u64;
+        let events: u64 = partitions.iter().map(crate::log::PartitionLag::behind).sum();
         let seconds = if events == 0 {
             Some(0.0)
         } else if self.last_timestamp_ms > 0 {

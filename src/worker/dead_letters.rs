@@ -57,6 +57,19 @@ pub async fn list(
     datastore::list_parked(&client, connector, limit).await
 }
 
+/// A list of them as JSON, each with the `id` by which it is asked for.
+pub fn as_json(letters: &[ParkedSummary]) -> Vec<Value> {
+    letters.iter().map(one_as_json).collect()
+}
+
+fn one_as_json(letter: &ParkedSummary) -> Value {
+    let mut shown = serde_json::to_value(letter).unwrap_or_default();
+    if let Value::Object(fields) = &mut shown {
+        fields.insert("id".into(), json!(DeadLetterId::of(letter).to_string()));
+    }
+    shown
+}
+
 /// The letter with its record decoded, as JSON.
 pub async fn show(resources: &Resources, connector: &str, id: &DeadLetterId) -> Result<Option<Value>, DatastoreError> {
     let client = resources.datastore.client().await?;
@@ -74,9 +87,8 @@ pub async fn show(resources: &Resources, connector: &str, id: &DeadLetterId) -> 
         Some(wire) => decoder.value(wire).await.unwrap_or_else(|error| json!({ "undecodable": error.to_string() })),
         None => Value::Null,
     };
-    let mut shown = serde_json::to_value(&parked.summary).unwrap_or_default();
+    let mut shown = one_as_json(&parked.summary);
     if let Value::Object(fields) = &mut shown {
-        fields.insert("id".into(), json!(id.to_string()));
         fields.insert("record".into(), value);
     }
     Ok(Some(shown))

@@ -2,7 +2,8 @@
 //!
 //! A burst of events is one change; a file that is being written is looked at once it rests; a file that is gone
 //! for a moment only (an editor replaces it) never seemed to be gone. The system's file events make it quick, and a
-//! look every few seconds makes it sure where there are none (network mounts).
+//! look every few seconds makes it sure where there are none (network mounts). A file that can't be read is there all
+//! the same, with the reason instead of its text: that concerns no other file.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -19,9 +20,13 @@ const REST: Duration = Duration::from_millis(300);
 /// A file is gone when it has been missing for this long.
 const GONE: Duration = Duration::from_millis(1500);
 const LOOK: Duration = Duration::from_secs(10);
+/// A longer file is no connector's.
+const LARGEST: u64 = 4 << 20;
 
-/// Connector files by path, with their text.
-pub type Files = BTreeMap<PathBuf, String>;
+/// Connector files by path.
+pub type Files = BTreeMap<PathBuf, Text>;
+/// A file's text, or why it can't be read.
+pub type Text = Result<String, String>;
 
 /// What tells that a file is another than before: its size, its time, and (for links that were turned to another
 /// file, as Kubernetes does) which file it is.
@@ -40,8 +45,10 @@ pub struct Folder {
     /// `None` where the system has no file events to give.
     _watcher: Option<notify::RecommendedWatcher>,
     seen: Stamps,
-    /// The folder could not be read when it was last looked at.
+    /// The folder, or a file of it, could not be read when it was last looked at.
     unreadable: bool,
+    /// Something has happened in it that [`Folder::changed`] has not seen to the end.
+    stirred: bool,
 }
 
 impl Folder {
@@ -59,62 +66,83 @@ impl Folder {
         if let Err(error) = &watcher {
             tracing::warn!("no file events for {}: looking every {LOOK:?} instead ({error})", path.display());
         }
-        Ok(Folder { path: path.to_owned(), events, _watcher: watcher.ok(), seen: Stamps::new(), unreadable: false })
+        Ok(Folder {
+            path: path.to_owned(),
+            events,
+            _watcher: watcher.ok(),
+            seen: Stamps::new(),
+            unreadable: false,
+            stirred: false,
+        })
     }
 
     /// The files as they are now.
     pub fn read(&mut self) -> io::Result<Files> {
         self.unreadable = true;
         let stamps = stamps(&self.path)?;
-        let files = read_texts(stamps.keys())?;
-        (self.seen, self.unreadable) = (stamps, false);
+        let files = read_texts(stamps.keys());
+        (self.seen, self.unreadable) = (stamps, files.values().any(Result::is_err));
         Ok(files)
     }
 
-    /// Waits until the folder differs from what was read last, and rests; or until it can't be read, which is for
-    /// [`Folder::read`] to say. Safe to drop at its await.
+    /// Waits until the folder differs from what was read last, and rests; or until something of it can't be read,
+    /// which is for [`Folder::read`] to say. Safe to drop at its await; how long files have rested counts anew then.
     pub async fn changed(&mut self) {
         loop {
-            match timeout(LOOK, self.events.recv()).await {
-                Ok(Some(())) | Err(_) => {}
-                Ok(None) => tokio::time::sleep(LOOK).await,
-            }
-            let Ok(mut last) = stamps(&self.path) else { return };
-            if last == self.seen && !self.unreadable {
-                continue;
-            }
-            loop {
-                let missing = self.seen.keys().any(|path| !last.contains_key(path));
-                tokio::time::sleep(if missing { GONE } else { REST }).await;
-                let Ok(now) = stamps(&self.path) else { return };
-                if now == last {
-                    break;
+            if !self.stirred {
+                match timeout(LOOK, self.events.recv()).await {
+                    Ok(Some(())) | Err(_) => {}
+                    Ok(None) => tokio::time::sleep(LOOK).await,
                 }
-                last = now;
+                self.stirred = true;
             }
-            if last != self.seen || self.unreadable {
+            let other = self.rested().await.is_none_or(|rested| rested != self.seen);
+            self.stirred = false;
+            if other || self.unreadable {
                 return;
             }
+        }
+    }
+
+    /// The folder as it is when it has not changed for a while; `None` when it can't be read.
+    async fn rested(&self) -> Option<Stamps> {
+        let mut last = stamps(&self.path).ok()?;
+        if last == self.seen && !self.unreadable {
+            return Some(last);
+        }
+        loop {
+            let missing = self.seen.keys().any(|path| !last.contains_key(path));
+            tokio::time::sleep(if missing { GONE } else { REST }).await;
+            let now = stamps(&self.path).ok()?;
+            if now == last {
+                return Some(now);
+            }
+            last = now;
         }
     }
 }
 
 /// The connector files of a folder, for whoever looks once.
 pub fn read_files(folder: &Path) -> io::Result<Files> {
-    read_texts(stamps(folder)?.keys())
+    Ok(read_texts(stamps(folder)?.keys()))
 }
 
-fn read_texts<'a>(paths: impl Iterator<Item = &'a PathBuf>) -> io::Result<Files> {
-    let mut files = Files::new();
-    for path in paths {
-        match std::fs::read(path) {
-            // What is no text, the parser says, with the place.
-            Ok(bytes) => files.insert(path.clone(), String::from_utf8_lossy(&bytes).into_owned()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            Err(error) => return Err(io::Error::new(error.kind(), format!("{}: {error}", path.display()))),
-        };
-    }
-    Ok(files)
+/// One file's text.
+pub fn read_text(path: &Path) -> Text {
+    let read = || {
+        let size = std::fs::metadata(path)?.len();
+        if size > LARGEST {
+            return Err(io::Error::other(format!("it has {size} bytes, more than {LARGEST}")));
+        }
+        std::fs::read(path)
+    };
+    // What is no text, the parser says, with the place.
+    read().map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).map_err(|error| error.to_string())
+}
+
+fn read_texts<'a>(paths: impl Iterator<Item = &'a PathBuf>) -> Files {
+    // Gone since it was listed: the folder is looked at again.
+    paths.map(|path| (path.clone(), read_text(path))).filter(|(path, text)| text.is_ok() || path.exists()).collect()
 }
 
 /// Sizes and times of the connector files: `*.yaml`, `*.yml`, `*.json`, save hidden ones.
@@ -173,7 +201,7 @@ mod tests {
         });
         timeout(Duration::from_secs(20), watch.changed()).await.unwrap();
         writer.await.unwrap();
-        assert_eq!(watch.read().unwrap()[&file], "whole");
+        assert_eq!(watch.read().unwrap()[&file].as_deref(), Ok("whole"));
         assert!(timeout(Duration::from_millis(700), watch.changed()).await.is_err(), "changed without a change");
         std::fs::write(folder.path().join(".hidden.yaml"), "x").unwrap();
         std::fs::write(folder.path().join("notes.txt"), "x").unwrap();
@@ -181,5 +209,40 @@ mod tests {
         std::fs::remove_file(&file).unwrap();
         timeout(Duration::from_secs(20), watch.changed()).await.unwrap();
         assert!(watch.read().unwrap().is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_wait_that_is_dropped_again_and_again_loses_no_news() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut watch = Folder::watch(folder.path()).unwrap();
+        watch.read().unwrap();
+        let began = std::time::Instant::now();
+        std::fs::write(folder.path().join("a.yaml"), "one").unwrap();
+        // As long as the wait is dropped before the file has rested, nothing is said; the next whole wait says it, and
+        // not only the look that comes every few seconds.
+        while began.elapsed() < REST * 3 {
+            assert!(timeout(REST / 3, watch.changed()).await.is_err());
+        }
+        timeout(LOOK / 2, watch.changed()).await.expect("the news was lost");
+        assert_eq!(watch.read().unwrap().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_file_that_cannot_be_read_keeps_no_other_from_being_read() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("good.yaml"), "one").unwrap();
+        let bad = folder.path().join("bad.yaml");
+        // To read it fails, whoever asks.
+        std::os::unix::fs::symlink("/proc/self/mem", &bad).unwrap();
+        let long = std::fs::File::create(folder.path().join("long.yaml")).unwrap();
+        long.set_len(LARGEST + 1).unwrap();
+        let mut watch = Folder::watch(folder.path()).unwrap();
+        let files = watch.read().unwrap();
+        assert_eq!(files.len(), 3);
+        assert_eq!(files[&folder.path().join("good.yaml")].as_deref(), Ok("one"));
+        assert!(files[&bad].is_err());
+        assert!(files[&folder.path().join("long.yaml")].as_ref().unwrap_err().contains("more than"));
+        // It is looked at again, though nothing of it seems to change.
+        timeout(LOOK * 2, watch.changed()).await.unwrap();
     }
 }

@@ -81,6 +81,8 @@ struct Inside {
     connectors: BTreeMap<String, Track>,
     systems: Vec<SystemReport>,
     dead_letters: BTreeMap<String, u64>,
+    /// Connectors whose parked records the metrics show.
+    counted: BTreeSet<String>,
     losses: Vec<LossReport>,
     /// Connector, group and partition whose lag the metrics show.
     measured: BTreeSet<(String, String, TopicPartition)>,
@@ -325,8 +327,8 @@ impl Observer {
             for (name, group, lags) in all {
                 let sum = behind_of.entry(name.clone()).or_default();
                 for lag in lags {
-                    let behind = (lag.end.0 - lag.committed.map_or(0, |offset| offset.0)).max(0);
-                    *sum += behind as u64;
+                    let behind = lag.behind();
+                    *sum += behind;
                     let place = (name.clone(), group.clone(), lag.topic_partition);
                     consumer_lag(&place).set(behind as f64);
                     measured.insert(place);
@@ -349,19 +351,21 @@ impl Observer {
     }
 
     fn ask_parked(&self, connectors: &[Watched], resources: &Resources) {
-        let mut names: Vec<String> =
+        let mut names: BTreeSet<String> =
             connectors.iter().filter(|watched| watched.parks).map(|watched| watched.name.clone()).collect();
         let (resources, shared) = (resources.clone(), self.inside.clone());
         let ask = || async move { resources.parked().await };
         self.parked.ask(ask, move |counted: BTreeMap<String, [u64; 2]>| {
             names.extend(counted.keys().cloned());
-            for name in names {
+            let mut inside = shared.lock().unwrap_or_else(PoisonError::into_inner);
+            // And of those that had some: a connector that is gone has none.
+            let before = std::mem::replace(&mut inside.counted, names.clone());
+            for name in names.into_iter().chain(before) {
                 let [rejected, waiting] = counted.get(&name).copied().unwrap_or_default();
                 gauge!("tidegate_dead_letters", "connector" => name.clone()).set(rejected as f64);
                 gauge!("tidegate_waiting_records", "connector" => name).set(waiting as f64);
             }
             let dead = counted.into_iter().filter(|(_, [rejected, _])| *rejected > 0);
-            let mut inside = shared.lock().unwrap_or_else(PoisonError::into_inner);
             inside.dead_letters = dead.map(|(name, [rejected, _])| (name, rejected)).collect();
         });
     }
@@ -375,8 +379,11 @@ impl Observer {
             let mut found = BTreeMap::new();
             for LeftSlot { connector, kind, identity } in left {
                 let context = resources.still(&connector);
-                if let Some(slot) = kinds::left_slot(&kind, &identity, &context).await? {
-                    found.insert(connector, slot);
+                match kinds::left_slot(&kind, &identity, &context).await {
+                    Ok(Some(slot)) => drop(found.insert(connector, slot)),
+                    Ok(None) => {}
+                    // Its database is gone, say: the others' slots are measured all the same.
+                    Err(fault) => tracing::debug!(connector, "its slot can't be looked at: {fault}"),
                 }
             }
             Ok::<_, Fault>(found)
@@ -415,8 +422,9 @@ fn forget_gauges(name: &str) {
     for state in STATES {
         gauge!("tidegate_connector_state", "connector" => name.to_owned(), "state" => state_name(state)).set(0.0);
     }
-    for lag in ["tidegate_replication_lag_bytes", "tidegate_replication_lag_seconds", "tidegate_delivery_lag_seconds"] {
-        gauge!(lag, "connector" => name.to_owned()).set(0.0);
+    let lags = ["tidegate_replication_lag_bytes", "tidegate_replication_lag_seconds", "tidegate_delivery_lag_seconds"];
+    for of_one in lags.into_iter().chain(["tidegate_queue_bytes"]) {
+        gauge!(of_one, "connector" => name.to_owned()).set(0.0);
     }
 }
 

@@ -3,8 +3,11 @@
 //!
 //! One that goes unanswered is told by name, with the reason and since when.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use futures::FutureExt;
 
 const DEADLINE: Duration = Duration::from_secs(10);
 /// A server counts as silent when questions have gone unanswered for this long.
@@ -46,14 +49,19 @@ impl Question {
         // Owned by `under_way`: it ends by its deadline, and no second one begins before.
         tokio::spawn(async move {
             let began = Instant::now();
-            let failed = match tokio::time::timeout(DEADLINE, question).await {
-                Ok(Ok(answer)) => {
-                    note(answer);
-                    None
+            let answered = async {
+                match tokio::time::timeout(DEADLINE, question).await {
+                    Ok(Ok(answer)) => {
+                        note(answer);
+                        None
+                    }
+                    Ok(Err(error)) => Some(error.to_string()),
+                    Err(_) => Some(format!("no answer within {DEADLINE:?}")),
                 }
-                Ok(Err(error)) => Some(error.to_string()),
-                Err(_) => Some(format!("no answer within {DEADLINE:?}")),
             };
+            // Of one that breaks down, too, the end is seen.
+            let answered = AssertUnwindSafe(answered).catch_unwind().await;
+            let failed = answered.unwrap_or_else(|_| Some("the question itself broke down; the log says why".to_owned()));
             let mut inside = lock(&shared);
             inside.under_way = false;
             inside.asked = Some(Instant::now());
@@ -71,4 +79,28 @@ impl Question {
 
 fn lock(inside: &Mutex<Inside>) -> MutexGuard<'_, Inside> {
     inside.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_question_that_panics_is_asked_again_and_told() {
+        let question = Question::new(Duration::ZERO);
+        let ended = async || {
+            while lock(&question.inside).under_way {
+                tokio::task::yield_now().await;
+            }
+        };
+        let seen: Arc<Mutex<Option<u8>>> = Arc::default();
+        question.ask(|| async { Ok::<u8, String>(1) }, |_| panic!("as it may be"));
+        tokio::time::timeout(DEADLINE, ended()).await.unwrap();
+        assert!(lock(&question.inside).failing.as_ref().unwrap().1.contains("broke down"));
+        let note = seen.clone();
+        question.ask(|| async { Ok::<u8, String>(2) }, move |answer| *note.lock().unwrap() = Some(answer));
+        tokio::time::timeout(DEADLINE, ended()).await.unwrap();
+        assert_eq!(*seen.lock().unwrap(), Some(2));
+        assert!(lock(&question.inside).failing.is_none());
+    }
 }

@@ -132,7 +132,13 @@ pub struct Health {
     pub warnings: Vec<Trouble>,
 }
 
-pub(super) fn status(roster: &Roster, observer: &Observer, resources: &Resources) -> StatusReport {
+/// `broken`: troubles of the worker itself.
+pub(super) fn status(
+    roster: &Roster,
+    observer: &Observer,
+    resources: &Resources,
+    broken: Vec<Trouble>,
+) -> StatusReport {
     let connectors: Vec<ConnectorReport> = roster
         .entries()
         .map(|(name, entry)| {
@@ -183,6 +189,7 @@ pub(super) fn status(roster: &Roster, observer: &Observer, resources: &Resources
         })
         .collect();
     problems.extend(observer.silent());
+    problems.extend(broken);
     let orphans: Vec<Orphan> = roster
         .state()
         .all()

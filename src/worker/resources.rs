@@ -91,7 +91,8 @@ impl Resources {
         Ok(all)
     }
 
-    /// Removes what a connector left behind: its slot (unless that is to be kept), its consumer groups.
+    /// Removes what a connector left behind: its slot (unless that is to be kept), its consumer groups, its cursor and
+    /// its parked records.
     pub async fn forget(&self, name: &str, known: &Remembered, keep_slot: bool) -> Result<String, Fault> {
         let mut said = Vec::new();
         match (&known.server, keep_slot) {
@@ -108,6 +109,13 @@ impl Resources {
         for group in &known.groups {
             self.log.remove_group(group).await?;
             said.push(format!("consumer group '{group}' removed"));
+        }
+        // After the group, which is not removed while another worker is in it.
+        let client = self.datastore.client().await?;
+        match datastore::forget_connector(&client, name).await? {
+            0 => {}
+            1 => said.push("1 parked record dropped".to_owned()),
+            parked => said.push(format!("{parked} parked records dropped")),
         }
         said.retain(|text| !text.is_empty());
         said.push(format!("'{name}' is forgotten"));

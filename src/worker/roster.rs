@@ -11,13 +11,13 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::folder::Files;
+use super::folder::{self, Files, Text};
 use super::keeper::Keeper;
 use super::kinds::{self, Connector, Identity, World};
 use super::observe::{LeftSlot, Watched};
 use super::resources::Resources;
 use super::state::{State, StateError};
-use crate::config::{self, ConfigError, Section, Spanned};
+use crate::config::{self, ConfigError, Place, Section, Spanned};
 use crate::systems::System;
 
 /// A connector file read well.
@@ -27,7 +27,18 @@ pub struct Loaded {
     pub connector: Arc<dyn Connector>,
 }
 
-/// Reads one connector file; `path` is for errors.
+/// As [`load`], of a file that may not be readable.
+pub fn load_file(path: &Path, text: &Text, world: &World<'_>) -> Result<Loaded, ConfigError> {
+    load(path, readable(path, text)?, world)
+}
+
+/// A file's text; where it could not be read, the error that says why.
+pub fn readable<'a>(path: &Path, text: &'a Text) -> Result<&'a str, ConfigError> {
+    let unreadable = |why| ConfigError::new(&Place::start(path, ""), format!("cannot be read: {why}"));
+    text.as_deref().map_err(unreadable)
+}
+
+/// Reads the text of one connector file; `path` is for errors.
 pub fn load(path: &Path, text: &str, world: &World<'_>) -> Result<Loaded, ConfigError> {
     let node = config::parse_text(text, path.display().to_string())?;
     let mut section = Section::new(node, "connector")?;
@@ -84,10 +95,14 @@ pub struct Roster {
     later: BTreeSet<String>,
     /// Told to stop, not ended yet.
     leaving: Vec<(String, Keeper)>,
+    /// What these have left is being removed: none of such a name starts meanwhile.
+    forgetting: BTreeSet<String>,
+    /// The worker stops: nothing starts any more.
+    over: bool,
 }
 
 struct Applied {
-    text: String,
+    text: Text,
     name: Option<String>,
 }
 
@@ -111,6 +126,8 @@ impl Roster {
             folder_problem: None,
             later: BTreeSet::new(),
             leaving: Vec::new(),
+            forgetting: BTreeSet::new(),
+            over: false,
         }
     }
 
@@ -173,6 +190,9 @@ impl Roster {
 
     /// Makes what runs agree with the files. True: something waits for a connector to end; call again soon.
     pub fn apply(&mut self, files: &Files) -> bool {
+        if self.over {
+            return false;
+        }
         self.leaving.retain(|(_, keeper)| !keeper.ended());
         let gone: Vec<PathBuf> = self.applied.keys().filter(|path| !files.contains_key(*path)).cloned().collect();
         for path in gone {
@@ -198,10 +218,10 @@ impl Roster {
         !self.later.is_empty()
     }
 
-    fn apply_file(&mut self, path: &Path, text: &str) -> Result<Outcome, String> {
+    fn apply_file(&mut self, path: &Path, text: &Text) -> Result<Outcome, String> {
         let held = self.applied.get(path).and_then(|applied| applied.name.clone());
         let world = World { systems: &self.systems, state: &self.folder };
-        let loaded = load(path, text, &world).map_err(|error| error.to_string())?;
+        let loaded = load_file(path, text, &world).map_err(|error| error.to_string())?;
         let name = loaded.name.as_str();
         if let Some(held) = held.filter(|held| held != name) {
             return Err(format!(
@@ -222,7 +242,7 @@ impl Roster {
         if let Some(known) = self.state.get(name) {
             same_identity(path, name, &loaded.kind, &identity, known)?;
         }
-        if self.leaving.iter().any(|(leaving, _)| leaving == name) {
+        if self.is_leaving(name) || self.forgetting.contains(name) {
             return Ok(Outcome::Later(loaded.name));
         }
         let groups = loaded.connector.groups(&loaded.name);
@@ -251,11 +271,11 @@ impl Roster {
                 self.entries.insert(name.to_owned(), entry);
             }
         }
-        self.applied.insert(path.to_owned(), Applied { text: text.to_owned(), name: Some(loaded.name) });
+        self.applied.insert(path.to_owned(), Applied { text: text.clone(), name: Some(loaded.name) });
         Ok(Outcome::Done)
     }
 
-    fn problem(&mut self, path: &Path, text: &str, message: String) {
+    fn problem(&mut self, path: &Path, text: &Text, message: String) {
         let name = self.applied.get(path).and_then(|applied| applied.name.clone());
         let problem = FileProblem { file: path.to_owned(), connector: name.clone(), message };
         if self.problems.get(path) != Some(&problem) {
@@ -269,7 +289,7 @@ impl Roster {
             }
         }
         self.problems.insert(path.to_owned(), problem);
-        self.applied.insert(path.to_owned(), Applied { text: text.to_owned(), name });
+        self.applied.insert(path.to_owned(), Applied { text: text.clone(), name });
     }
 
     /// The file is there under another name: the connector runs on. Whether its text has changed is seen later.
@@ -277,7 +297,7 @@ impl Roster {
         let Some(name) = self.applied.get(path).and_then(|applied| applied.name.clone()) else { return false };
         let world = World { systems: &self.systems, state: &self.folder };
         let new = files.iter().find(|(other, text)| {
-            !self.applied.contains_key(*other) && load(other, text, &world).is_ok_and(|loaded| loaded.name == name)
+            !self.applied.contains_key(*other) && load_file(other, text, &world).is_ok_and(|loaded| loaded.name == name)
         });
         let (Some((new, _)), Some(entry)) = (new, self.entries.get_mut(&name)) else { return false };
         tracing::info!(connector = name, "{} is now {}", path.display(), new.display());
@@ -368,8 +388,7 @@ impl Roster {
 
     fn load_again(&self, file: &Path, name: &str) -> Result<Loaded, String> {
         let world = World { systems: &self.systems, state: &self.folder };
-        let text = std::fs::read_to_string(file).map_err(|error| format!("{}: {error}", file.display()))?;
-        let loaded = load(file, &text, &world).map_err(|error| error.to_string())?;
+        let loaded = load_file(file, &folder::read_text(file), &world).map_err(|error| error.to_string())?;
         match loaded.name == name {
             true => Ok(loaded),
             false => Err(format!("{} holds '{}', not '{name}'", file.display(), loaded.name)),
@@ -392,17 +411,42 @@ impl Roster {
         self.remember(name, |known| (known.identity, known.kind) = (identity, String::new()))
             .map_err(|error| error.to_string())?;
         if let Some(applied) = self.applied.get_mut(&before.file) {
-            applied.text.clear();
+            applied.text = Err("to be looked at again".to_owned());
         }
         Ok(left)
     }
 
-    /// Forgets a connector whose file is gone.
-    pub fn forget(&mut self, name: &str) -> Result<(), String> {
-        if self.entries.contains_key(name) {
-            return Err(format!("'{name}' runs; remove its file first"));
+    /// What a connector without a file is remembered by, `None` where nothing is; until [`Roster::end_forgetting`]
+    /// none of its name starts.
+    pub fn begin_forgetting(&mut self, name: &str) -> Result<Option<super::state::Remembered>, String> {
+        if let Some(entry) = self.entries.get(name) {
+            return Err(match entry.file.exists() {
+                true => format!("'{name}' runs. hint: remove its file first"),
+                false => format!("'{name}' runs still, its file is gone. hint: it is stopped in a moment: ask again"),
+            });
         }
-        self.state.forget(name).map_err(|error| error.to_string())
+        if self.is_leaving(name) {
+            return Err(format!("'{name}' is stopping still. hint: ask again in a moment"));
+        }
+        let Some(known) = self.state.get(name).cloned() else { return Ok(None) };
+        if !self.forgetting.insert(name.to_owned()) {
+            return Err(format!("'{name}' is being forgotten already"));
+        }
+        Ok(Some(known))
+    }
+
+    pub fn is_forgetting(&self, name: &str) -> bool {
+        self.forgetting.contains(name)
+    }
+
+    /// What it had left is removed (`done`), or some of it could not be.
+    pub fn end_forgetting(&mut self, name: &str, done: bool) -> Result<(), StateError> {
+        self.forgetting.remove(name);
+        if done { self.state.forget(name) } else { Ok(()) }
+    }
+
+    fn is_leaving(&self, name: &str) -> bool {
+        self.leaving.iter().any(|(leaving, keeper)| leaving == name && !keeper.ended())
     }
 
     fn remember(&mut self, name: &str, change: impl FnOnce(&mut super::state::Remembered)) -> Result<(), StateError> {
@@ -411,6 +455,7 @@ impl Roster {
 
     /// Tells all to stop, and hands them over to be waited for.
     pub fn stop_all(&mut self, deadline: Duration) -> Vec<(String, Keeper)> {
+        self.over = true;
         let mut all = std::mem::take(&mut self.leaving);
         for (name, entry) in std::mem::take(&mut self.entries) {
             entry.keeper.stop(deadline);
@@ -422,7 +467,7 @@ impl Roster {
 
 enum Outcome {
     Done,
-    /// The connector that had this name before has not ended yet.
+    /// The connector that had this name before has not ended yet, or what it left is being removed.
     Later(String),
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -66,9 +66,8 @@ pub struct LoggingSettings {
 
 impl WorkerSettings {
     pub fn read_file(path: &Path) -> Result<Self, ConfigError> {
-        let folder = path.parent().unwrap_or(Path::new(""));
         let checksum = checksum(path);
-        let mut settings = Self::read(Section::new(config::parse_file(path)?, "the worker's settings")?, folder)?;
+        let mut settings = Self::read(Section::new(config::parse_file(path)?, "the worker's settings")?)?;
         (settings.file, settings.checksum) = (path.to_owned(), checksum);
         Ok(settings)
     }
@@ -78,8 +77,7 @@ impl WorkerSettings {
         ![0, self.checksum].contains(&checksum(&self.file))
     }
 
-    /// Relative paths count from `folder`, where the file is.
-    fn read(mut section: Section, folder: &Path) -> Result<Self, ConfigError> {
+    fn read(mut section: Section) -> Result<Self, ConfigError> {
         let datastore = match section.section("datastore")? {
             Some(datastore) => read_datastore(datastore)?,
             None => {
@@ -89,7 +87,7 @@ impl WorkerSettings {
             }
         };
         let log = match section.section("log")? {
-            Some(log) => read_log(log, folder)?,
+            Some(log) => read_log(log)?,
             None => LogSettings::Embedded(EmbeddedSettings::new(DATA)),
         };
         let registry = read_registry(&mut section)?;
@@ -98,8 +96,8 @@ impl WorkerSettings {
             #[cfg(feature = "kafka")]
             LogSettings::Kafka(_) => PathBuf::from(DATA),
         };
-        let state = section.take::<PathBuf>("state")?.map_or(beside_log, |state| beside(folder, &state));
-        let connectors = beside(folder, &section.or("connectors", PathBuf::from("../connectors"))?);
+        let state = section.or("state", beside_log)?;
+        let connectors = section.or("connectors", section.place().beside(Path::new("../connectors")))?;
         let rest = read_rest(&mut section)?;
         let logging = LoggingSettings {
             format: section
@@ -131,22 +129,6 @@ impl WorkerSettings {
 /// 0 where the file can't be read.
 fn checksum(path: &Path) -> u32 {
     std::fs::read(path).map_or(0, |text| crc32fast::hash(&text))
-}
-
-/// `path` as seen from `folder`, with `config/../connectors` shortened to `connectors`.
-fn beside(folder: &Path, path: &Path) -> PathBuf {
-    let mut whole = PathBuf::new();
-    for part in folder.join(path).components() {
-        let inside = matches!(whole.components().next_back(), Some(Component::Normal(_)));
-        match part {
-            Component::ParentDir if inside => {
-                whole.pop();
-            }
-            Component::CurDir => {}
-            part => whole.push(part),
-        }
-    }
-    if whole.as_os_str().is_empty() { PathBuf::from(".") } else { whole }
 }
 
 fn one_of(text: Spanned<String>, names: &[&str]) -> Result<String, ConfigError> {
@@ -182,7 +164,7 @@ fn read_datastore(mut section: Section) -> Result<DatastoreSettings, ConfigError
     Ok(settings)
 }
 
-fn read_log(mut section: Section, folder: &Path) -> Result<LogSettings, ConfigError> {
+fn read_log(mut section: Section) -> Result<LogSettings, ConfigError> {
     let kind = match section.take::<Spanned<String>>("type")? {
         Some(kind) => one_of(kind, &["embedded", "kafka"])?,
         None => "embedded".to_owned(),
@@ -190,7 +172,7 @@ fn read_log(mut section: Section, folder: &Path) -> Result<LogSettings, ConfigEr
     if kind == "kafka" {
         return read_kafka(section);
     }
-    let mut settings = EmbeddedSettings::new(beside(folder, &section.or("path", PathBuf::from(DATA))?));
+    let mut settings = EmbeddedSettings::new(section.or("path", PathBuf::from(DATA))?);
     settings.retention = section.or("retention", settings.retention)?;
     settings.retention_bytes = section.take::<ByteSize>("retention.bytes")?.map(|size| size.0);
     settings.size_limit = section.or("size.limit", ByteSize(settings.size_limit))?.0;
@@ -301,20 +283,6 @@ fn read_systems(section: &mut Section) -> Result<BTreeMap<String, Arc<System>>, 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn paths_count_from_the_files_folder() {
-        for (folder, path, whole) in [
-            ("config", "../connectors/", "connectors"),
-            ("config", "..", "."),
-            ("", "../up", "../up"),
-            ("/etc/tidegate", "./connectors", "/etc/tidegate/connectors"),
-            ("config", "/var/lib/tidegate", "/var/lib/tidegate"),
-            ("../../a", "../b", "../../b"),
-        ] {
-            assert_eq!(beside(Path::new(folder), Path::new(path)), Path::new(whole), "{folder} {path}");
-        }
-    }
 
     #[test]
     fn a_word_that_is_no_level_is_not_taken_for_the_name_of_a_part() {

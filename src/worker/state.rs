@@ -73,7 +73,7 @@ impl State {
         self.connectors.iter().map(|(name, remembered)| (name.as_str(), remembered))
     }
 
-    /// Changes what is remembered of `name` (made where it is new), durably.
+    /// Changes what is remembered of `name` (made where it is new), durably; where that fails, not at all.
     pub fn update(&mut self, name: &str, change: impl FnOnce(&mut Remembered)) -> Result<(), StateError> {
         let before = self.connectors.get(name).cloned();
         let mut after = before.clone().unwrap_or_default();
@@ -82,14 +82,25 @@ impl State {
             return Ok(());
         }
         self.connectors.insert(name.to_owned(), after);
-        self.save()
+        self.save_or(name, before)
     }
 
     pub fn forget(&mut self, name: &str) -> Result<(), StateError> {
-        if self.connectors.remove(name).is_some() {
-            self.save()?;
+        match self.connectors.remove(name) {
+            Some(before) => self.save_or(name, Some(before)),
+            None => Ok(()),
         }
-        Ok(())
+    }
+
+    fn save_or(&mut self, name: &str, before: Option<Remembered>) -> Result<(), StateError> {
+        let saved = self.save();
+        if saved.is_err() {
+            match before {
+                Some(before) => drop(self.connectors.insert(name.to_owned(), before)),
+                None => drop(self.connectors.remove(name)),
+            }
+        }
+        saved
     }
 
     fn save(&self) -> Result<(), StateError> {
@@ -136,5 +147,23 @@ mod tests {
         fs::write(folder.path().join(FILE), "{\"shop\":").unwrap();
         let error = State::open(folder.path()).err().unwrap().to_string();
         assert!(error.contains("connectors.json is damaged"), "{error}");
+    }
+
+    #[test]
+    fn what_could_not_be_saved_is_not_remembered_either() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut state = State::open(folder.path()).unwrap();
+        state.update("shop", |shop| shop.kind = "a".into()).unwrap();
+        // A folder in the new file's place: it can't be written, whoever asks.
+        let taken = folder.path().join(format!("{FILE}.new"));
+        fs::create_dir(&taken).unwrap();
+        assert!(state.update("shop", |shop| shop.paused = true).is_err());
+        assert!(state.update("more", |more| more.paused = true).is_err());
+        assert!(state.forget("shop").is_err());
+        fs::remove_dir(&taken).unwrap();
+        state.update("other", |_| {}).unwrap();
+        state.update("other", |other| other.kind = "b".into()).unwrap();
+        assert!(!state.get("shop").unwrap().paused);
+        assert_eq!(read(folder.path()).unwrap().keys().collect::<Vec<_>>(), ["other", "shop"]);
     }
 }

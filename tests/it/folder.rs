@@ -176,3 +176,70 @@ async fn a_changed_file_of_the_worker_is_told_and_taken_up_at_the_next_start() {
     assert!(!told().await.contains("restart the worker"));
     assert!(Path::new(&office.workshop.config()).exists());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_that_comes_back_while_its_connector_is_forgotten_waits_for_that() {
+    let office = Office::open("forgotten", WorkerLog::Embedded, "").await;
+    let name = &office.capture;
+    let file = office.workshop.path().join("connectors").join(format!("{name}.yaml"));
+    let text = std::fs::read_to_string(&file).unwrap();
+    let worker = office.workshop.start().await;
+    office.until_captured(2).await;
+    office.workshop.until_state(name, "RUNNING").await;
+    std::fs::remove_file(&file).unwrap();
+    eventually(SOON, "it has stopped", async || office.workshop.connector_status(name).await.get("error").is_some()).await;
+
+    // Its publication can't be dropped yet: the command is in the middle.
+    let mut client = office.database.connect_as_superuser().await;
+    let change = client.transaction().await.unwrap();
+    change.batch_execute(&format!("ALTER PUBLICATION tidegate_{name} SET (publish = 'insert')")).await.unwrap();
+    let forgetting = async {
+        // Until it has stopped, the command is refused.
+        eventually(SOON, "it is forgotten", async || {
+            let output = office.workshop.cli(["connectors", "forget", name]).await;
+            let said = String::from_utf8_lossy(&output.stdout).into_owned();
+            if output.status.success() { Ok(said) } else { Err(format!("{output:?}")) }
+        })
+        .await
+    };
+    let meanwhile = async {
+        eventually(SOON, "the slot is dropped", async || slots(&office).await.is_empty()).await;
+        std::fs::write(&file, &text).unwrap();
+        // The folder has been looked at when it is told what is wrong with this one.
+        office.workshop.connector("wrong.yaml", "nme: wrong");
+        office.until_not_ready(&["wrong.yaml"]).await;
+        let seen = office.workshop.connector_status(name).await;
+        assert!(seen.get("error").is_some(), "it started while it was forgotten: {seen}");
+        let twice = office.workshop.cli(["connectors", "forget", name]).await;
+        assert!(String::from_utf8_lossy(&twice.stderr).contains("is being forgotten"), "{twice:?}");
+        change.rollback().await.unwrap();
+    };
+    let (said, ()) = tokio::join!(forgetting, meanwhile);
+    assert!(said.contains("dropped slot") && said.contains("is forgotten"), "{said}");
+    eventually(SOON, "the file counts", async || office.workshop.connector_status(name).await["type"] == "postgres-source")
+        .await;
+    assert!(!worker.log().contains("panicked"), "{}", worker.log_end(20));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_file_refers_to_may_come_later_and_a_file_that_cannot_be_read_keeps_nothing_waiting() {
+    let office = Office::open("later", WorkerLog::Embedded, "").await;
+    let folder = office.workshop.path().join("connectors");
+    // To read it fails, whoever asks.
+    symlink("/proc/self/mem", folder.join("bad.yaml")).unwrap();
+    let later = format!("{}_later", office.capture);
+    let text = format!("name: {later}\ntype: postgres-source\ntopic.prefix: '${{file:prefix}}'\ntable.include.list: public.customers\n");
+    office.workshop.connector("later.yaml", &text);
+    let _worker = office.workshop.start().await;
+    office.until_captured(2).await;
+    office.until_not_ready(&["bad.yaml", "cannot be read", "later.yaml"]).await;
+    let checked = office.workshop.cli(["validate"]).await;
+    assert_eq!(checked.status.code(), Some(3));
+    let checked = String::from_utf8_lossy(&checked.stdout).into_owned();
+    assert!(checked.contains("bad.yaml:1:1: cannot be read") && checked.contains("2 errors in 2 of them"), "{checked}");
+
+    std::fs::write(folder.join("prefix"), &later).unwrap();
+    office.workshop.until_state(&later, "RUNNING").await;
+    std::fs::remove_file(folder.join("bad.yaml")).unwrap();
+    office.until_ready().await;
+}

@@ -308,6 +308,23 @@ async fn dead_letters_and_slots_left_behind_are_warnings_that_leave_the_worker_r
     assert!(warned.contains(&format!("connectors forget {}", office.capture)), "{warned}");
     let table = office.workshop.ask(["status"]).await;
     assert!(table.contains("1 dead letter") && table.contains("of WAL"), "{table}");
+
+    // Whoever forgets the sink is rid of them: no connector is left that could drop them.
+    let letters = format!("tidegate_dead_letters{{connector=\"{}\"}}", office.sink);
+    until_measured(&office, &[(letters.clone(), 1.0)]).await;
+    office.workshop.remove("sink.yaml");
+    let gone = async || office.workshop.connector_status(&office.sink).await.get("error").is_some();
+    eventually(SOON, "the sink is gone", gone).await;
+    let said = eventually(SOON, "it has stopped", async || {
+        let output = office.workshop.cli(["connectors", "forget", &office.sink]).await;
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        if output.status.success() { Ok(said) } else { Err(format!("{output:?}")) }
+    })
+    .await;
+    assert!(said.contains("consumer group") && said.contains("1 parked record dropped"), "{said}");
+    until_measured(&office, &[(letters, 0.0)]).await;
+    let (_, health) = office.workshop.get("/health/ready").await;
+    assert!(!health.to_string().contains("dead letter"), "{health}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -342,6 +359,9 @@ async fn what_is_asked_wrongly_is_answered_as_every_error_is() {
         (client.post(url(&format!("/connectors/{capture}/reset"))), 400),
         (client.post(url(&format!("/connectors/{capture}/reset"))).body("{").header("content-type", json), 400),
         (client.post(url(&format!("/connectors/{capture}/reset"))).body(vec![b' '; 2 << 20]), 413),
+        (client.post(url(&format!("/connectors/{capture}/reset"))).body("{\"to\": \"end\", \"of\": 1}"), 400),
+        (client.post(url("/connectors/gone/forget")).body("{\"keepSlot\": true}"), 400),
+        (client.post(url("/connectors/gone/forget")).body("{\"keep_slot\": \"yes\"}"), 400),
         (client.post(url(&format!("/connectors/{capture}/pause"))).header("origin", "http://evil.example"), 403),
         (client.post(url(&format!("/connectors/{capture}/pause"))).header("host", "evil.example"), 403),
         (client.get(url("/status")).header("host", "evil.example"), 403),

@@ -228,6 +228,11 @@ async fn retention_that_took_unread_records_is_an_error_until_the_group_is_reset
     let mut list = rdkafka::TopicPartitionList::new();
     list.add_partition_offset(&name, 0, rdkafka::Offset::Offset(6)).unwrap();
     admin.delete_records(&list, &Default::default()).await.unwrap();
+    // One that has read nothing yet is behind what is left, and no more.
+    let late = format!("{name}.late");
+    log.register_group(&late, &topics).await.unwrap();
+    let lag = log.group_lag(&late).await.unwrap();
+    assert_eq!((lag.len(), lag[0].committed, lag[0].behind()), (1, None, 4), "{lag:?}");
 
     let mut consumer = log.consumer(&group, &topics).await.unwrap();
     for _ in 0..2 {

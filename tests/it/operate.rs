@@ -226,6 +226,8 @@ async fn dead_letters_are_listed_shown_replayed_and_dropped() {
     };
     let id = |key: i32| of(key)["id"].as_str().unwrap().to_owned();
     assert_eq!(of(3)["kind"], "rejected");
+    // The worker's HTTP says the same.
+    assert_eq!(office.workshop.get("/dead-letters").await, (200, letters.clone()));
     let table = office.workshop.ask(["dead-letters", "list", &office.sink]).await;
     assert!(table.contains(&id(3)) && table.contains("answered 422") && table.contains("{\"id\":3}"), "{table}");
 

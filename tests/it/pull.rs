@@ -194,6 +194,29 @@ async fn a_parked_record_is_shown_copied_once_replayed_and_dropped() {
 }
 
 #[tokio::test]
+async fn a_pull_that_was_forgotten_reads_everything_again_under_its_old_name() {
+    let (database, client) = world("forgotten_pull").await;
+    let api = Api::start(parts(3)).await;
+    let systems = format!("systems: {{ api: {{ base_url: \"{}\" }} }}", api.url());
+    let workshop = Workshop::new(&database.url(), WorkerLog::Embedded, &systems);
+    let file = pull("/all", "incremental: { cursor: .at, initial: '2025-01-01T00:00:00Z', lookback: 5m }");
+    workshop.connector("parts.yaml", &file);
+    let _worker = workshop.start().await;
+    becomes(&client, "SELECT string_agg(sku, ' ' ORDER BY sku) FROM parts", "S1 S2 S3").await;
+    becomes(&client, "SELECT count(*)::text FROM tidegate.cursors WHERE cursor IS NOT NULL", "1").await;
+    workshop.remove("parts.yaml");
+    eventually(Duration::from_secs(60), "it is forgotten", async || {
+        let output = workshop.cli(["connectors", "forget", "parts"]).await;
+        if output.status.success() { Ok(()) } else { Err(format!("{output:?}")) }
+    })
+    .await;
+    assert_eq!(count(&client, "tidegate.cursors").await, 0);
+    assert_eq!(count(&client, "tidegate.links").await, 3, "links belong to the system");
+    workshop.connector("parts.yaml", &file);
+    becomes(&client, "SELECT count(*)::text FROM tidegate.cursors WHERE cursor IS NOT NULL", "1").await;
+}
+
+#[tokio::test]
 async fn what_the_table_refused_is_tried_again_by_itself_until_it_takes_it() {
     let (database, client) = world("refused").await;
     database

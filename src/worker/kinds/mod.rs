@@ -1,5 +1,5 @@
 //! The kinds of connectors, by their `type:`. One file a kind, all with the same entry points: `Settings::read`,
-//! `run`, `plan`, `preview`, `reset`, `forget`. A new kind is one file here and one line in [`read`].
+//! `run`, `plan`, `preview`, `reset`, `forget`. A new kind is one file here and a line in [`TYPES`] and [`read`].
 
 pub mod http_pull;
 pub mod http_sink;

@@ -57,6 +57,10 @@ async fn retention_removes_what_is_old_but_not_what_a_registered_group_has_not_r
     write_numbers(&log, "t", 100, 1, 1).await;
     let topics = log.topics().await.unwrap();
     assert_eq!(topics[0].partitions[0].next, Offset(101), "offsets go on");
+    // Who comes now is behind what is left, and no more.
+    log.register_group("late", &["t".into()]).await.unwrap();
+    let lag = log.group_lag("late").await.unwrap();
+    assert!(lag.len() == 1 && lag[0].committed.is_none() && lag[0].behind() <= 1, "{lag:?}");
     // The offset that is gone is an error, not silently the next.
     let mut reader = log.reader("t", StartAt::Offset(Offset(10)), StopAt::Never).await.unwrap();
     let error = reader.poll(&LIMIT).await.unwrap_err();

@@ -35,9 +35,7 @@ pub async fn lag_is_told_per_partition(world: World) {
     log.ensure_topic(&topic(&name, 2)).await.unwrap();
     log.register_group(&group, std::slice::from_ref(&name)).await.unwrap();
     write_numbers(&*log, &name, 0, 20, 20).await;
-    let behind = |lags: &[tidegate::log::PartitionLag]| -> i64 {
-        lags.iter().map(|lag| lag.end.0 - lag.committed.unwrap_or_default().0).sum()
-    };
+    let behind = |lags: &[PartitionLag]| -> u64 { lags.iter().map(PartitionLag::behind).sum() };
     let lags = log.group_lag(&group).await.unwrap();
     assert_eq!((lags.len(), behind(&lags)), (2, 20));
     let mut consumer = log.consumer(&group, std::slice::from_ref(&name)).await.unwrap();

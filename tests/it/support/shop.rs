@@ -154,7 +154,7 @@ impl Shop {
         if lag.is_empty() {
             return 1; // it has not begun
         }
-        intents + events + lag.iter().map(|lag| lag.end.0 - lag.committed.map_or(0, |offset| offset.0)).sum::<i64>()
+        intents + events + lag.iter().map(|lag| lag.behind() as i64).sum::<i64>()
     }
 }
 
