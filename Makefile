@@ -31,6 +31,7 @@ bench: build ## Measure capture beside pg_recvlogical
 
 SECONDS ?= 300
 fuzz: ## Feed random bytes to every decoder of outside bytes, SECONDS each (needs cargo-fuzz)
+	@scripts/install-build.sh
 	@command -v cargo-fuzz >/dev/null || cargo install cargo-fuzz --locked
 	for target in pgoutput avro_decode; do \
 		ASAN_OPTIONS=detect_odr_violation=0 RUSTC_BOOTSTRAP=1 cargo fuzz run $$target -- -max_total_time=$(SECONDS) || exit 1; done

@@ -100,6 +100,8 @@ struct Track {
     /// When its counts last changed, or there was nothing to do.
     moved: Instant,
     lag_events: Option<u64>,
+    /// The sum of the offsets where its groups go on.
+    read_to: Option<i64>,
     /// Records done when it was found to be far behind.
     catching_up_from: Option<u64>,
     progress: Option<String>,
@@ -137,8 +139,18 @@ impl Track {
             samples: VecDeque::with_capacity(WINDOW + 1),
             moved: now,
             lag_events: None,
+            read_to: None,
             catching_up_from: None,
             progress: None,
+        }
+    }
+
+    /// How many records its groups have still to read, and the sum of the offsets where they go on: what moves that may
+    /// be a member in another worker, while this one has no partition.
+    fn told_of_lag(&mut self, behind: u64, read_to: i64, now: Instant) {
+        self.lag_events = Some(behind);
+        if self.read_to.replace(read_to) != Some(read_to) {
+            self.moved = now;
         }
     }
 
@@ -322,13 +334,14 @@ impl Observer {
             Ok((all, losses))
         };
         self.lags.ask(ask, move |(all, losses): (Vec<GroupLag>, Vec<LossReport>)| {
-            let mut behind_of: BTreeMap<String, u64> = BTreeMap::new();
+            let mut behind_of: BTreeMap<String, (u64, i64)> = BTreeMap::new();
             let mut measured = BTreeSet::new();
             for (name, group, lags) in all {
                 let sum = behind_of.entry(name.clone()).or_default();
                 for lag in lags {
                     let behind = lag.behind();
-                    *sum += behind;
+                    sum.0 += behind;
+                    sum.1 = sum.1.wrapping_add(lag.from.0);
                     let place = (name.clone(), group.clone(), lag.topic_partition);
                     consumer_lag(&place).set(behind as f64);
                     measured.insert(place);
@@ -342,9 +355,9 @@ impl Observer {
             inside.losses.iter().for_each(|gone| lost(gone).set(0.0));
             losses.iter().for_each(|loss| lost(loss).set(loss.records as f64));
             inside.losses = losses;
-            for (name, behind) in behind_of {
+            for (name, (behind, read_to)) in behind_of {
                 if let Some(track) = inside.connectors.get_mut(&name) {
-                    track.lag_events = Some(behind);
+                    track.told_of_lag(behind, read_to, Instant::now());
                 }
             }
         });
@@ -439,4 +452,31 @@ fn look_at_system(name: &str, system: &System) -> SystemReport {
             .set(f64::from(u8::from(known == state)));
     }
     SystemReport { name: name.to_owned(), breaker: breaker.to_owned(), requests: system.requests_sent() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sink_is_not_stuck_while_another_member_of_its_group_moves() {
+        let status = Status::default();
+        status.set_state(ConnectorState::Running);
+        let began = Instant::now();
+        let at = |seconds: u64| began + Duration::from_secs(seconds);
+        let mut track = Track::new(ConnectorState::Running, began);
+        track.told_of_lag(100, 0, at(0));
+        for second in 0..120 {
+            track.look("sink", &status, at(second));
+            if second % 5 == 0 {
+                track.told_of_lag(100, i64::try_from(second).unwrap(), at(second));
+            }
+        }
+        assert!(at(120) - track.moved <= Duration::from_secs(5), "its group moved");
+        for second in 120..200 {
+            track.told_of_lag(150, 115, at(second));
+            track.look("sink", &status, at(second));
+        }
+        assert!(at(200) - track.moved > STUCK, "nobody moved, and more came");
+    }
 }

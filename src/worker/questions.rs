@@ -61,7 +61,8 @@ impl Question {
             };
             // Of one that breaks down, too, the end is seen.
             let answered = AssertUnwindSafe(answered).catch_unwind().await;
-            let failed = answered.unwrap_or_else(|_| Some("the question itself broke down; the log says why".to_owned()));
+            let failed =
+                answered.unwrap_or_else(|_| Some("the question itself broke down; the log says why".to_owned()));
             let mut inside = lock(&shared);
             inside.under_way = false;
             inside.asked = Some(Instant::now());

@@ -187,7 +187,8 @@ async fn a_file_that_comes_back_while_its_connector_is_forgotten_waits_for_that(
     office.until_captured(2).await;
     office.workshop.until_state(name, "RUNNING").await;
     std::fs::remove_file(&file).unwrap();
-    eventually(SOON, "it has stopped", async || office.workshop.connector_status(name).await.get("error").is_some()).await;
+    eventually(SOON, "it has stopped", async || office.workshop.connector_status(name).await.get("error").is_some())
+        .await;
 
     // Its publication can't be dropped yet: the command is in the middle.
     let mut client = office.database.connect_as_superuser().await;
@@ -216,8 +217,10 @@ async fn a_file_that_comes_back_while_its_connector_is_forgotten_waits_for_that(
     };
     let (said, ()) = tokio::join!(forgetting, meanwhile);
     assert!(said.contains("dropped slot") && said.contains("is forgotten"), "{said}");
-    eventually(SOON, "the file counts", async || office.workshop.connector_status(name).await["type"] == "postgres-source")
-        .await;
+    eventually(SOON, "the file counts", async || {
+        office.workshop.connector_status(name).await["type"] == "postgres-source"
+    })
+    .await;
     assert!(!worker.log().contains("panicked"), "{}", worker.log_end(20));
 }
 
@@ -228,7 +231,9 @@ async fn what_a_file_refers_to_may_come_later_and_a_file_that_cannot_be_read_kee
     // To read it fails, whoever asks.
     symlink("/proc/self/mem", folder.join("bad.yaml")).unwrap();
     let later = format!("{}_later", office.capture);
-    let text = format!("name: {later}\ntype: postgres-source\ntopic.prefix: '${{file:prefix}}'\ntable.include.list: public.customers\n");
+    let text = format!(
+        "name: {later}\ntype: postgres-source\ntopic.prefix: '${{file:prefix}}'\ntable.include.list: public.customers\n"
+    );
     office.workshop.connector("later.yaml", &text);
     let _worker = office.workshop.start().await;
     office.until_captured(2).await;

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use tidegate::event::{HeaderSet, Offset, RecordBatch, TopicPartition};
 use tidegate::log::{
-    ConsumedRecord, EmbeddedLog, EmbeddedSettings, Log, LogConsumer, LogError, LogReader, PartitionLag, PollLimit, Polled,
-    StartAt, StopAt, TopicSpec, partition_of,
+    ConsumedRecord, EmbeddedLog, EmbeddedSettings, Log, LogConsumer, LogError, LogReader, PartitionLag, PollLimit,
+    Polled, StartAt, StopAt, TopicSpec, partition_of,
 };
 
 use crate::support::eventually;
