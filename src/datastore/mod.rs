@@ -44,8 +44,8 @@ pub use pages::{
     rows_of_page, rows_that_match, update_row,
 };
 pub use parked::{
-    Command, NewParked, Owned, Parked, ParkedKind, ParkedSummary, command_parked, has_parked, heal, list_parked, owe,
-    park, parked_counts, parked_places, parked_queue, parked_ready, show_parked, unpark,
+    BEHIND, Command, NewParked, Owned, Parked, ParkedKind, ParkedSummary, Room, command_parked, has_parked, has_queue,
+    heal, list_parked, owe, park, park_behind, parked_counts, parked_queue, parked_ready, show_parked, unpark,
 };
 pub use rows::{
     Lines, TableName, TableNameError, normalize_rows, primary_key, query_document, read_document, read_row,

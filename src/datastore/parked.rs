@@ -57,6 +57,9 @@ pub enum Command {
     Drop,
 }
 
+/// Why a record that stands behind another is parked.
+pub const BEHIND: &str = "stands behind an earlier record of its key";
+
 /// Why a record is parked.
 #[derive(Clone, Debug)]
 pub struct NewParked {
@@ -119,9 +122,38 @@ pub struct Parked {
     pub record: ConsumedRecord,
 }
 
+/// How much of the queues is taken up at once: records, and bytes of their keys and values; one record at the least.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    pub records: i64,
+    pub bytes: i64,
+}
+
+/// Of a request or an answer, members with more text than this are cut.
+const SHOWN: usize = 32 << 10;
+
 const SUMMARY: &str = "p.connector, p.topic, p.partition, p.\"offset\", p.key, p.kind, p.waits_system, p.waits_object, \
      p.waits_key, p.reason, p.request, p.response, p.attempts, \
      to_char(p.parked_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.MS\"Z\"'), p.command";
+
+/// What is needed to deliver it: what people are shown is left where it is.
+fn work() -> String {
+    SUMMARY.replace("p.request, p.response", "NULL::json, NULL::json")
+        + ", p.record_key, p.record_value, p.headers, p.deadline"
+}
+
+/// The rows of `select`, of columns `p.*` and `satisfied`, in the order of `seq` as far as there is room for them.
+fn within(select: &str, bytes: &str) -> String {
+    format!(
+        "SELECT {}, p.satisfied FROM (SELECT p.*, sum(p.size) OVER (ORDER BY p.seq) - p.size AS before FROM ({select}) p) p \
+         WHERE p.before < {bytes}::bigint ORDER BY p.seq",
+        work()
+    )
+}
+
+/// Of keys and values, in bytes.
+const SIZE: &str = "coalesce(octet_length(p.record_key), 0) + coalesce(octet_length(p.record_value), 0) + \
+     coalesce(pg_column_size(p.headers), 0) AS size";
 
 /// True when the time has come that `p` was to be tried again at, or the link that it waits for has a counterpart: asked
 /// for by key and by the text of a key, so that each question has its index.
@@ -185,8 +217,6 @@ pub async fn park<C: GenericClient>(
     record: &ConsumedRecord,
     why: &NewParked,
 ) -> Result<(), DatastoreError> {
-    let headers: Vec<Value> =
-        record.headers.iter().map(|(name, value)| serde_json::json!([name.as_ref(), hex(value)])).collect();
     // What an expression says of its failure is any text; the datastore's hold no NUL.
     let reason = why.reason.replace('\0', "\u{fffd}");
     let (system, object, waits_key) = match &why.waits_for {
@@ -225,12 +255,12 @@ pub async fn park<C: GenericClient>(
                 &object,
                 &waits_key,
                 &reason,
-                &why.request,
-                &why.response,
+                &why.request.as_ref().map(cut),
+                &why.response.as_ref().map(cut),
                 &why.deadline_s,
                 &record.key.as_deref(),
                 &record.value.as_deref(),
-                &Value::Array(headers),
+                &headers(record),
                 &why.heals,
                 &why.retry_s,
             ],
@@ -239,21 +269,47 @@ pub async fn park<C: GenericClient>(
     Ok(())
 }
 
-/// Places (topic, partition, offset) of the records in the key's queue, oldest first: a later record of the key must
-/// stand behind them, one that is among them is parked already.
-pub async fn parked_places<C: GenericClient>(
-    client: &C,
-    connector: &str,
-    key: &Value,
-) -> Result<Vec<(String, i32, i64)>, DatastoreError> {
+/// Whether the key has a queue: a later record of the key must stand behind it.
+pub async fn has_queue<C: GenericClient>(client: &C, connector: &str, key: &Value) -> Result<bool, DatastoreError> {
     let select = client
         .prepare_cached(
-            "SELECT topic, \"partition\", \"offset\" FROM tidegate.parked WHERE connector = $1 AND key = $2 \
-             AND kind <> 'owing' ORDER BY seq",
+            "SELECT EXISTS (SELECT FROM tidegate.parked WHERE connector = $1 AND key = $2 AND kind <> 'owing')",
         )
         .await?;
-    let rows = client.query(&select, &[&connector, key]).await?;
-    Ok(rows.iter().map(|row| (row.get(0), row.get(1), row.get(2))).collect())
+    Ok(client.query_one(&select, &[&connector, key]).await?.get(0))
+}
+
+/// Parks the record at the end of its key's queue, to wait for its turn. False where it is parked already: it keeps its
+/// place and its reason.
+pub async fn park_behind<C: GenericClient>(
+    transaction: &C,
+    connector: &str,
+    key: &Value,
+    record: &ConsumedRecord,
+) -> Result<bool, DatastoreError> {
+    let insert = transaction
+        .prepare_cached(
+            "INSERT INTO tidegate.parked (connector, topic, \"partition\", \"offset\", key, kind, reason, record_key, \
+                 record_value, headers) VALUES ($1, $2, $3, $4, $5, 'behind', $6, $7, $8, $9) ON CONFLICT DO NOTHING",
+        )
+        .await?;
+    let made = transaction
+        .execute(
+            &insert,
+            &[
+                &connector,
+                &record.topic.as_ref(),
+                &record.partition,
+                &record.offset.0,
+                key,
+                &BEHIND,
+                &record.key.as_deref(),
+                &record.value.as_deref(),
+                &headers(record),
+            ],
+        )
+        .await?;
+    Ok(made > 0)
 }
 
 /// A later record of the key was parked behind: the first of its queue is tried again, where a change of the row may
@@ -289,30 +345,28 @@ impl Owned {
 }
 
 /// Heads of queues that may be tried now: told to, their link is there, their row has changed, their time is up, or
-/// nothing is before them any more. At most `limit` of what is `owned`, oldest first.
+/// nothing is before them any more. Of what is `owned`, oldest first, as far as there is room.
 pub async fn parked_ready<C: GenericClient>(
     client: &C,
     connector: &str,
     owned: &Owned,
-    limit: i64,
+    room: Room,
 ) -> Result<Vec<Parked>, DatastoreError> {
     let satisfied = satisfied();
-    let select = client
-        .prepare_cached(&format!(
-            "SELECT {SUMMARY}, p.record_key, p.record_value, p.headers, p.deadline, {satisfied} \
-             FROM tidegate.parked p WHERE p.connector = $1 \
-               AND (p.command IS NOT NULL OR p.kind = 'behind' OR {satisfied} \
-                    OR (p.kind IN ('waiting', 'owing') AND p.deadline < now())) \
-               AND (p.command = 'drop' OR NOT EXISTS (SELECT FROM tidegate.parked b WHERE b.connector = p.connector \
-                    AND b.key = p.key AND b.kind <> 'owing' AND b.seq <> p.seq AND (b.seq < p.seq OR p.kind = 'owing'))) \
-               AND ((p.topic, p.\"partition\") IN (SELECT * FROM unnest($3::text[], $4::int[])) \
-                    OR p.topic <> ALL ($5::text[])) \
-             ORDER BY p.seq LIMIT $2"
-        ))
-        .await?;
-    let owned: [&(dyn tokio_postgres::types::ToSql + Sync); 5] =
-        [&connector, &limit, &owned.topics, &owned.partitions, &owned.strays_of];
-    Ok(client.query(&select, &owned).await?.iter().map(parked).collect())
+    let ready = format!(
+        "SELECT p.*, {SIZE}, {satisfied} AS satisfied FROM tidegate.parked p WHERE p.connector = $1 \
+           AND (p.command IS NOT NULL OR p.kind = 'behind' OR {satisfied} \
+                OR (p.kind IN ('waiting', 'owing') AND p.deadline < now())) \
+           AND (p.command = 'drop' OR NOT EXISTS (SELECT FROM tidegate.parked b WHERE b.connector = p.connector \
+                AND b.key = p.key AND b.kind <> 'owing' AND b.seq <> p.seq AND (b.seq < p.seq OR p.kind = 'owing'))) \
+           AND ((p.topic, p.\"partition\") IN (SELECT * FROM unnest($3::text[], $4::int[])) \
+                OR p.topic <> ALL ($5::text[])) \
+         ORDER BY p.seq LIMIT $2"
+    );
+    let select = client.prepare_cached(&within(&ready, "$6")).await?;
+    let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 6] =
+        [&connector, &room.records, &owned.topics, &owned.partitions, &owned.strays_of, &room.bytes];
+    Ok(client.query(&select, &parameters).await?.iter().map(parked).collect())
 }
 
 /// Whether anything was ever parked here: the first connector that may park makes the table.
@@ -340,23 +394,22 @@ pub async fn parked_counts<C: GenericClient>(
     Ok(rows.iter().map(|row| (row.get(0), ParkedKind::parse(row.get(1)), row.get(2))).collect())
 }
 
-/// The whole queue of a key, oldest first, at most `limit`: what stands in order, or what is `owing`.
+/// The queue of a key, oldest first, as far as there is room: what stands in order, or what is `owing`.
 pub async fn parked_queue<C: GenericClient>(
     client: &C,
     connector: &str,
     key: &Value,
     owing: bool,
-    limit: i64,
+    room: Room,
 ) -> Result<Vec<Parked>, DatastoreError> {
-    let select = client
-        .prepare_cached(&format!(
-            "SELECT {SUMMARY}, p.record_key, p.record_value, p.headers, p.deadline, {} \
-             FROM tidegate.parked p WHERE p.connector = $1 AND p.key = $2 AND (p.kind = 'owing') = $4 \
-             ORDER BY p.seq LIMIT $3",
-            satisfied()
-        ))
-        .await?;
-    Ok(client.query(&select, &[&connector, key, &limit, &owing]).await?.iter().map(parked).collect())
+    let queue = format!(
+        "SELECT p.*, {SIZE}, {} AS satisfied FROM tidegate.parked p WHERE p.connector = $1 AND p.key = $2 \
+         AND (p.kind = 'owing') = $4 ORDER BY p.seq LIMIT $3",
+        satisfied()
+    );
+    let select = client.prepare_cached(&within(&queue, "$5")).await?;
+    let rows = client.query(&select, &[&connector, key, &room.records, &owing, &room.bytes]).await?;
+    Ok(rows.iter().map(parked).collect())
 }
 
 /// Forgets what the key owes, and parks its record anew as owing where it does so still; it keeps its deadline.
@@ -462,6 +515,23 @@ pub async fn command_parked<C: GenericClient>(
             &[&connector, &text, &topic, &partition, &offset],
         )
         .await?)
+}
+
+fn headers(record: &ConsumedRecord) -> Value {
+    record.headers.iter().map(|(name, value)| serde_json::json!([name.as_ref(), hex(value)])).collect()
+}
+
+/// What people are shown of a request or an answer: long members by their beginning.
+fn cut(shown: &Value) -> Value {
+    let Some(members) = shown.as_object() else { return shown.clone() };
+    let short = |value: &Value| {
+        let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        match text.char_indices().map(|(at, _)| at).find(|at| *at >= SHOWN) {
+            Some(end) => format!("{}… ({} bytes in all)", &text[..end], text.len()).into(),
+            None => value.clone(),
+        }
+    };
+    Value::Object(members.iter().map(|(name, value)| (name.clone(), short(value))).collect())
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -36,6 +36,8 @@ use crate::twoway::order;
 
 /// Records of one batch that were held.
 const HELD_BATCH: i64 = 200;
+/// Records that were parked, of which as many are tried again at once.
+const LETTERS: datastore::Room = datastore::Room { records: 200, bytes: 8 << 20 };
 /// How often a waiting pull looks for records whose time to be tried again has come.
 const LOOK: Duration = Duration::from_secs(2);
 /// A run that a crash broke off is taken up where it was for so long; an older one begins anew.
@@ -253,7 +255,7 @@ impl HttpSource {
             })
             .collect();
         let letters = match aside.letters_due {
-            true => datastore::parked_ready(&client, &self.connector, &datastore::Owned::all(), HELD_BATCH).await?,
+            true => datastore::parked_ready(&client, &self.connector, &datastore::Owned::all(), LETTERS).await?,
             false => Vec::new(),
         };
         for parked in letters {

@@ -132,6 +132,23 @@ impl HttpResponse {
         json!({ "status": self.status, "body": self.body })
     }
 
+    /// It says that all is well, with a page for people: what stands before a system shows such a one when the system is
+    /// away, or wants somebody to log in. An HTML content type alone is none: empty answers and JSON often have it.
+    pub fn is_page(&self) -> bool {
+        let Value::String(text) = &self.body else { return false };
+        let text = text.trim_start();
+        let begins = |with: &str| text.get(..with.len()).is_some_and(|start| start.eq_ignore_ascii_case(with));
+        let kind = || self.header("content-type").and_then(|kind| kind.split(';').next()).unwrap_or_default().trim();
+        let html = || ["text/html", "application/xhtml+xml"].iter().any(|html| html.eq_ignore_ascii_case(kind()));
+        (200..300).contains(&self.status)
+            && (begins("<!doctype html") || begins("<html") || text.starts_with('<') && html())
+    }
+
+    /// Whoever gave it may have failed after it has done what it was asked for.
+    pub fn is_doubtful(&self) -> bool {
+        self.status >= 500 || self.is_page()
+    }
+
     /// The body in at most some 300 characters, for a reason.
     pub fn excerpt(&self) -> String {
         let text = match &self.body {
@@ -201,6 +218,26 @@ impl Answer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_page_is_told_from_an_answer() {
+        let page = |status: u16, kind: &str, body: Value| {
+            let headers = vec![("content-type".to_owned(), kind.to_owned())];
+            HttpResponse { status, headers, body }.is_page()
+        };
+        for body in ["<!DOCTYPE html><html>", "\n <HTML lang=\"en\">", "<!doctype HTML PUBLIC>"] {
+            assert!(page(200, "text/plain", json!(body)), "{body}");
+        }
+        for body in ["<?xml version=\"1.0\"?><!DOCTYPE html>", "<!-- back soon --><head>", "<script>"] {
+            assert!(page(200, "text/html; charset=utf-8", json!(body)), "{body}");
+            assert!(!page(200, "application/xml", json!(body)), "{body}");
+        }
+        for body in [Value::Null, json!("OK"), json!({"id": 1}), json!([]), json!("<")] {
+            assert_eq!(page(200, "Text/HTML", body.clone()), body == "<", "{body}");
+        }
+        assert!(!page(404, "text/html", json!("<html>")), "its status tells");
+        assert!(!page(200, "application/json", json!("é<html>")));
+    }
 
     #[test]
     fn what_is_masked_or_secret_by_its_name_is_never_shown() {

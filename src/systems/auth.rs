@@ -3,6 +3,8 @@
 //!
 //! No token and no secret ever reaches a log, an error or a dead letter: they are put into the request last.
 
+use std::collections::VecDeque;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -14,6 +16,7 @@ use tokio::time::Instant;
 
 use super::classes::statuses;
 use super::exchange::Lost;
+use super::system::lock;
 use super::{HttpRequest, HttpResponse, RequestTemplate};
 use crate::config::{ConfigError, Secret, Section, Spanned};
 use crate::mapping::{Compiler, Escape, Scope, Template};
@@ -42,6 +45,8 @@ pub struct Login {
     /// Statuses that ask for a new login.
     again_on: Vec<(u16, u16)>,
     state: tokio::sync::Mutex<LoginState>,
+    /// The tokens that may still be under way in requests, newest last; to be hidden, whoever is logging in.
+    tokens: Mutex<VecDeque<String>>,
     /// Logins that came to nothing, since the start.
     failures: AtomicU64,
 }
@@ -58,6 +63,9 @@ struct LoginState {
 /// Logins follow each other no faster, however many requests are told that their token is none: a system that
 /// refuses every token is not stormed, and no account is locked for it.
 const PACE: Duration = Duration::from_secs(1);
+
+/// A request may come back with a token of some logins ago.
+const TOKENS: usize = 8;
 
 /// A header's value, and how many logins led to it.
 #[derive(Clone)]
@@ -125,7 +133,7 @@ impl AuthSettings {
         }
     }
 
-    /// Texts that must never be shown. Of a login, the token at hand is one.
+    /// Texts that must never be shown. Of a login, its last tokens are some.
     pub fn secrets(&self) -> Vec<String> {
         let mut secrets = Vec::new();
         let mut add = |text: &str| {
@@ -139,9 +147,7 @@ impl AuthSettings {
             AuthSettings::Query { value, .. } => add(value.expose_secret()),
             AuthSettings::Login(login) => {
                 login.secret.iter().for_each(|secret| add(secret.expose_secret()));
-                let state = login.state.try_lock();
-                let token = state.iter().filter_map(|state| state.token.as_ref()?.value.to_str().ok());
-                token.for_each(&mut add);
+                lock(&login.tokens).iter().for_each(|token| add(token));
             }
         }
         secrets
@@ -192,6 +198,7 @@ impl Login {
             value: compiler.template(&value, Escape::None)?,
             again_on,
             state: tokio::sync::Mutex::default(),
+            tokens: Mutex::default(),
             failures: AtomicU64::new(0),
         })
     }
@@ -236,7 +243,14 @@ impl Login {
                 tokio::time::sleep_until(asked + PACE).await;
             }
             match self.log_in(&mut state, generation + 1, system, log_in).await {
-                Ok(token) => state.token = Some(token),
+                Ok(token) => {
+                    let mut tokens = lock(&self.tokens);
+                    tokens.extend(token.value.to_str().map(str::to_owned));
+                    if tokens.len() > TOKENS {
+                        tokens.pop_front();
+                    }
+                    state.token = Some(token);
+                }
                 Err(lost) => {
                     if !matches!(lost, Lost::NoTurn(_)) {
                         state.failure = lost.reason();

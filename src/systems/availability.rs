@@ -17,6 +17,8 @@ pub(super) struct Probed {
     pub(super) asked: Instant,
     pub(super) ok: bool,
     pub(super) status: Option<u16>,
+    /// It was answered with a page for people.
+    pub(super) page: bool,
     /// False where the budget had no turn for it: nothing is known.
     pub(super) sent: bool,
     pub(super) reason: String,
@@ -31,7 +33,7 @@ impl System {
             }
             Answer::Unavailable { reason, .. } | Answer::Uncertain { reason } => self.breaker.failed(reason, certain),
             // The system answers: with a probe that is known, without one many in a row tell of an outage.
-            Answer::Retry { response: Some(response), reason, .. } if response.status >= 500 => {
+            Answer::Retry { response: Some(response), reason, .. } if response.is_doubtful() => {
                 if self.settings.probe.is_some() {
                     self.breaker.succeeded();
                     false
@@ -98,6 +100,7 @@ impl System {
                 asked,
                 ok: (200..300).contains(&response.status),
                 status: Some(response.status),
+                page: response.is_page(),
                 sent: true,
                 reason: {
                     let answer = self.without_secrets(response.excerpt());
@@ -109,12 +112,13 @@ impl System {
             },
             Err(Lost::NoTurn(wait)) => {
                 let reason = format!("the probe had no turn in the budget for {} s", wait.as_secs());
-                Probed { asked, ok: false, status: None, sent: false, reason }
+                Probed { asked, ok: false, status: None, page: false, sent: false, reason }
             }
             Err(lost) => Probed {
                 asked,
                 ok: false,
                 status: None,
+                page: false,
                 sent: true,
                 reason: format!("the probe failed: {}", lost.reason()),
             },

@@ -1,18 +1,13 @@
 //! What came back, or did not, classed by what is to be done about it.
 
-use std::time::Duration;
-
 use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use super::classes::{Class, Meaning, meaning};
 use super::exchange::{Lost, NO_ANSWER};
-use super::system::System;
+use super::system::{JUST_NOW, System};
 use super::{Answer, HttpRequest, HttpResponse, headers};
-
-/// How old the probe's answer may be that a missing record is believed by.
-const JUST_NOW: Duration = Duration::from_secs(1);
 
 impl System {
     /// What an answer means, and whether an outage is certain.
@@ -42,7 +37,8 @@ impl System {
             }
         }
         let after = headers::retry_after(&response);
-        match meaning(status, request.method == Method::DELETE) {
+        let page = response.is_page();
+        match if page { Meaning::AskProbe } else { meaning(status, request.method == Method::DELETE) } {
             Meaning::Class(class) => (self.answer(class, request, response), false),
             Meaning::Busy => {
                 let reason = self.reason(request, &response);
@@ -71,16 +67,17 @@ impl System {
             Meaning::AskProbe if self.settings.probe.is_none() => (self.answer(Class::Retry, request, response), false),
             Meaning::AskProbe => {
                 let probed = self.probe(answered).await;
-                if probed.ok {
+                // Where the probe is answered with a page, too, that one says nothing of the system.
+                if probed.ok && !(page && probed.page) {
                     return (self.answer(Class::Retry, request, response), false);
                 }
-                if !probed.sent {
-                    // Neither the record's fault nor an outage, as far as is known.
-                    let reason = format!("{}, and {}", self.reason(request, &response), probed.reason);
-                    return (Answer::Retry { after, response: None, reason }, false);
-                }
                 let reason = format!("{}, and {}", self.reason(request, &response), probed.reason);
-                (Answer::Unavailable { after, reason, maybe_applied: true }, true)
+                match probed.sent {
+                    true => (Answer::Unavailable { after, reason, maybe_applied: true }, true),
+                    // Neither the record's fault nor an outage, as far as is known.
+                    false if request.is_safe() => (Answer::Retry { after, response: None, reason }, false),
+                    false => (Answer::Uncertain { reason }, false),
+                }
             }
         }
     }
@@ -98,7 +95,16 @@ impl System {
 
     fn reason(&self, request: &HttpRequest, response: &HttpResponse) -> String {
         let answer = self.without_secrets(response.excerpt());
-        format!("{} {} answered {}: {answer}", request.method, request.shown_path(), response.status)
+        let line = format!("{} {} answered {}", request.method, request.shown_path(), response.status);
+        if response.is_page() {
+            return format!(
+                "{line} with a web page, as for people: {answer}; hint: is `base_url` right, and does something before \
+                 the system want a login? If pages are what it answers with, say so: `errors: [{{ status: {}, then: \
+                 applied }}]`",
+                response.status
+            );
+        }
+        format!("{line}: {answer}")
     }
 
     fn too_long(&self) -> String {

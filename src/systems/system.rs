@@ -23,6 +23,9 @@ use super::{Answer, HttpRequest, HttpResponse, SystemSettings};
 use crate::config::{ConfigError, Place};
 use crate::mapping::Compiler;
 
+/// How old an answer may be that tells how the system is now.
+pub(super) const JUST_NOW: Duration = Duration::from_secs(1);
+
 /// One system; every connector of it shares the one.
 pub struct System {
     pub(super) settings: SystemSettings,
@@ -32,6 +35,8 @@ pub struct System {
     /// Sees the breaker closed again; ends with the system.
     pub(super) watcher: Mutex<Option<JoinHandle<()>>>,
     pub(super) probed: tokio::sync::Mutex<Option<Probed>>,
+    /// When a request was last applied.
+    well: Mutex<Option<Instant>>,
     pub(super) sent: AtomicU64,
     pub(super) by_purpose: Mutex<BTreeMap<&'static str, u64>>,
     pub(super) myself: Weak<System>,
@@ -70,6 +75,7 @@ impl System {
             breaker,
             watcher: Mutex::new(None),
             probed: tokio::sync::Mutex::new(None),
+            well: Mutex::new(None),
             sent: AtomicU64::new(0),
             by_purpose: Mutex::new(BTreeMap::new()),
             myself: myself.clone(),
@@ -128,6 +134,11 @@ impl System {
         }
     }
 
+    /// Whether it has done what it was asked for within the last second.
+    pub fn was_just_well(&self) -> bool {
+        lock(&self.well).is_some_and(|well| well.elapsed() <= JUST_NOW)
+    }
+
     /// Requests that connectors sent, since the start; logins and probes are not counted.
     pub fn requests_sent(&self) -> u64 {
         self.sent.load(Ordering::Relaxed)
@@ -165,6 +176,9 @@ impl System {
                 (self.no_answer(request, lost), certain)
             }
         };
+        if matches!(&answer, Answer::Applied(response) if (200..300).contains(&response.status)) {
+            *lock(&self.well) = Some(Instant::now());
+        }
         match certain {
             Some(certain) => self.tell_breaker(request, &answer, certain),
             None => self.breaker.succeeded(),

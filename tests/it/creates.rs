@@ -11,7 +11,7 @@ use tidegate::pipeline::{Source, Status};
 use tidegate::sources::log::{Batching, LogSource};
 
 use crate::delivery::settled;
-use crate::references::{PARTS, behind_proxy};
+use crate::references::{behind_proxy, parts};
 use crate::support::shop::Shop;
 use crate::support::{Fault, Script, eventually};
 
@@ -61,12 +61,12 @@ async fn after_a_restore_nothing_is_made_twice_that_was_made_before() {
     // With `match` it is looked up.
     let (api, proxy, system) = behind_proxy("").await;
     let shop = Shop::start("restored").await;
-    let sink = shop.sink("parts", &system, PARTS);
+    let sink = shop.sink("parts", &system, &parts());
     shop.sql("INSERT INTO customers (id, name) VALUES (1, 'a')").await;
     settled(&shop, "parts").await;
     sink.stop().await;
     shop.sql(restore).await;
-    let sink = shop.sink("parts", &system, PARTS);
+    let sink = shop.sink("parts", &system, &parts());
     shop.sql("UPDATE customers SET name = 'b' WHERE id = 1").await;
     settled(&shop, "parts").await;
     assert_eq!((api.items().len(), &api.items()[0]["name"]), (1, &json!("b")));
@@ -220,4 +220,33 @@ async fn a_batch_is_full_by_count_by_bytes_or_by_time() {
     assert!(began.elapsed() >= Duration::from_secs(2), "{:?}", began.elapsed());
     let wrong = Section::new(parse_text("batching: { count: 0 }", "sink.yaml").unwrap(), "sink");
     assert!(Batching::read(&mut wrong.unwrap()).is_err());
+}
+
+#[tokio::test]
+async fn a_create_that_is_sent_again_keeps_its_key_whatever_comes_between() {
+    let (api, proxy, system) = behind_proxy("breaker.open: 200ms\n").await;
+    let shop = Shop::start("keepskey").await;
+    let keyed = r#"
+object: order
+topics: shop.public.customers
+initial: create
+settle: 200ms
+map: '{ name: .after.name }'
+create: { request: POST /items, headers: { Idempotency-Key: "{{ $idempotency_key }}" } }
+"#;
+    let sink = shop.sink("orders", &system, keyed);
+    for (at, fault) in
+        [Fault::retry_after(429, 0), Fault::status(503), Fault::status(404), Fault::status(502)].into_iter().enumerate()
+    {
+        // Made, and the answer lost; then it is not taken for a time.
+        let name = format!("\"k{at}\"");
+        proxy.script(Script::on("POST", "/items", Fault::ResetAfter).body(&name).times(1));
+        proxy.script(Script::on("POST", "/items", fault).body(&name).times(1));
+        shop.sql(&format!("INSERT INTO customers (id, name) VALUES ({at}, 'k{at}')")).await;
+        settled(&shop, "orders").await;
+        assert_eq!(api.items().len(), at + 1, "{:?}", api.items());
+        assert_eq!(proxy.seen().iter().filter(|seen| seen.body.contains(&name)).count(), 3);
+    }
+    assert!(shop.parked().await.is_empty(), "{:?}", shop.parked().await);
+    sink.stop().await;
 }

@@ -13,6 +13,8 @@ async fn open(database: &Database<'_>) -> Datastore {
     datastore
 }
 
+const ROOM: Room = Room { records: 10, bytes: 1 << 20 };
+
 fn key(id: i64) -> LinkKey {
     LinkKey { system: "erp".into(), object: "party".into(), key: json!({ "id": id }) }
 }
@@ -144,7 +146,7 @@ async fn a_numeric_key_is_asked_for_by_value_however_it_is_spelled() {
     let waiting =
         NewParked { waits_for, deadline_s: Some(60.0), ..NewParked::new(ParkedKind::Waiting, "no party yet") };
     park(&client, "orders", &json!({"id": 1}), &record(0), &waiting).await.unwrap();
-    assert_eq!(parked_ready(&client, "orders", &Owned::all(), 10).await.unwrap().len(), 1);
+    assert_eq!(parked_ready(&client, "orders", &Owned::all(), ROOM).await.unwrap().len(), 1);
 }
 
 #[tokio::test]
@@ -167,33 +169,77 @@ async fn parked_records_keep_their_order_and_wake_when_the_link_is_there() {
     let waits = Some(("erp".to_owned(), "party".to_owned(), json!(1)));
     park(&client, "orders", &sale, &record(0), &why(ParkedKind::Waiting, waits)).await.unwrap();
     park(&client, "orders", &sale, &record(1), &why(ParkedKind::Behind, None)).await.unwrap();
-    let places = parked_places(&client, "orders", &sale).await.unwrap();
-    assert_eq!(places.iter().map(|place| place.2).collect::<Vec<_>>(), [0, 1]);
-    assert!(parked_places(&client, "orders", &json!({"id": 2})).await.unwrap().is_empty());
-    assert!(parked_ready(&client, "orders", &Owned::all(), 10).await.unwrap().is_empty());
+    assert!(!park_behind(&client, "orders", &sale, &record(0)).await.unwrap(), "it keeps its place and its reason");
+    assert!(park_behind(&client, "orders", &sale, &record(2)).await.unwrap());
+    let queue = parked_queue(&client, "orders", &sale, false, ROOM).await.unwrap();
+    assert_eq!(
+        queue.iter().map(|one| (one.record.offset.0, one.summary.kind)).collect::<Vec<_>>(),
+        [(0, ParkedKind::Waiting), (1, ParkedKind::Behind), (2, ParkedKind::Behind)]
+    );
+    unpark(&client, "orders", &sale, &record(2)).await.unwrap();
+    assert!(has_queue(&client, "orders", &sale).await.unwrap());
+    assert!(!has_queue(&client, "orders", &json!({"id": 2})).await.unwrap());
+    assert!(parked_ready(&client, "orders", &Owned::all(), ROOM).await.unwrap().is_empty());
 
     let mut link = Link::new(key(1), "public.customers");
     link.external = Some(json!(7));
     save_link(&client, &link).await.unwrap();
-    let ready = parked_ready(&client, "orders", &Owned::all(), 10).await.unwrap();
+    let ready = parked_ready(&client, "orders", &Owned::all(), ROOM).await.unwrap();
     assert_eq!(ready.len(), 1, "only the first of the queue");
     assert!(ready[0].satisfied);
     assert_eq!(ready[0].record, record(0));
-    assert_eq!(parked_queue(&client, "orders", &sale, false, 10).await.unwrap().len(), 2);
+    assert_eq!(parked_queue(&client, "orders", &sale, false, ROOM).await.unwrap().len(), 2);
     unpark(&client, "orders", &sale, &record(0)).await.unwrap();
-    let ready = parked_ready(&client, "orders", &Owned::all(), 10).await.unwrap();
+    let ready = parked_ready(&client, "orders", &Owned::all(), ROOM).await.unwrap();
     assert_eq!(ready[0].record.offset, Offset(1), "the next one moves up");
 
     park(&client, "orders", &sale, &record(1), &why(ParkedKind::Rejected, None)).await.unwrap();
-    assert!(parked_ready(&client, "orders", &Owned::all(), 10).await.unwrap().is_empty());
+    assert!(parked_ready(&client, "orders", &Owned::all(), ROOM).await.unwrap().is_empty());
     assert_eq!(command_parked(&client, "orders", None, Command::Replay).await.unwrap(), 1);
     assert_eq!(
-        parked_ready(&client, "orders", &Owned::all(), 10).await.unwrap()[0].summary.command,
+        parked_ready(&client, "orders", &Owned::all(), ROOM).await.unwrap()[0].summary.command,
         Some(Command::Replay)
     );
     assert_eq!(list_parked(&client, None, 10).await.unwrap()[0].attempts, 2);
     assert_eq!(parked_counts(&client, Some("orders")).await.unwrap(), vec![("orders".into(), ParkedKind::Rejected, 1)]);
     assert!(show_parked(&client, "orders", "shop.public.customers", 0, 1).await.unwrap().is_some());
+}
+
+#[tokio::test]
+async fn what_is_parked_is_taken_up_as_far_as_there_is_room_and_shown_in_short() {
+    let server = Postgres::shared(Version::Distribution).await;
+    let database = server.database("room").await;
+    let datastore = open(&database).await;
+    let client = datastore.client().await.unwrap();
+    let big = |offset| ConsumedRecord { value: Some(vec![7; 1000].into()), ..record(offset) };
+    for offset in 0..4 {
+        park_behind(&client, "orders", &json!({ "id": offset }), &big(offset)).await.unwrap();
+        park_behind(&client, "orders", &json!({"id": 9}), &big(10 + offset)).await.unwrap();
+    }
+    let offsets = |parked: Vec<Parked>| parked.iter().map(|one| one.record.offset.0).collect::<Vec<_>>();
+    for (records, bytes, heads, queue) in [
+        (10, 1 << 20, vec![0, 10, 1, 2, 3], vec![10, 11, 12, 13]),
+        (2, 1 << 20, vec![0, 10], vec![10, 11]),
+        (10, 2500, vec![0, 10, 1], vec![10, 11, 12]),
+        (10, 1, vec![0], vec![10]),
+    ] {
+        let room = Room { records, bytes };
+        let ready = parked_ready(&client, "orders", &Owned::all(), room).await.unwrap();
+        assert!(ready.iter().all(|one| one.record.value.as_ref().is_some_and(|value| value.len() == 1000)));
+        assert_eq!(offsets(ready), heads, "{room:?}");
+        let found = parked_queue(&client, "orders", &json!({"id": 9}), false, room).await.unwrap();
+        assert_eq!(offsets(found), queue, "{room:?}");
+    }
+    // A system may answer with anything.
+    let long = "ä".repeat(1 << 20);
+    let response = Some(json!({"status": 400, "body": [long]}));
+    let rejected = NewParked { response, ..NewParked::new(ParkedKind::Rejected, "no") };
+    park(&client, "orders", &json!({"id": 1}), &record(1), &rejected).await.unwrap();
+    let shown = show_parked(&client, "orders", "shop.public.customers", 0, 1).await.unwrap().unwrap();
+    let shown = shown.summary.response.unwrap();
+    let body = shown["body"].as_str().unwrap();
+    assert!(shown["status"] == 400 && body.starts_with("[\"ää"), "{shown}");
+    assert!(body.len() < 40_000 && body.ends_with("… (2097156 bytes in all)"), "{}", &body[body.len() - 60..]);
 }
 
 #[tokio::test]

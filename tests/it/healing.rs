@@ -6,22 +6,15 @@ use serde_json::json;
 use tidegate::datastore::{Command, ParkedKind, command_parked};
 
 use crate::delivery::settled;
-use crate::references::{PARTS, behind_proxy, item};
+use crate::references::{behind_proxy, item, items, parts};
 use crate::support::shop::Shop;
 use crate::support::{Fault, Script, eventually};
 
 const LONG: Duration = Duration::from_secs(60);
 
-const NAMED: &str = r#"
-object: part
-topics: shop.public.customers
-initial: create
-settle: 200ms
-map: 'if .after.name == null then error("no name") else { name: .after.name, city: .after.city } end'
-match: { request: GET /items, params: { code: "{{ .key.id }}" }, id: ".[].id" }
-create: { request: POST /items, map: '{ code: .key.id, name: .after.name }' }
-update: "PUT /items/{{ $link.id }}"
-"#;
+fn named() -> String {
+    items(r#"if .after.name == null then error("no name") else { name: .after.name, city: .after.city } end"#)
+}
 
 #[tokio::test]
 async fn a_dead_letter_is_tried_again_in_its_place_when_its_row_changes() {
@@ -30,7 +23,7 @@ async fn a_dead_letter_is_tried_again_in_its_place_when_its_row_changes() {
     let sink = shop.sink(
         "parts",
         &system,
-        &NAMED.replace("else {", r#"elif .after.city == "nowhere" then error("no city") elif .after.city == "zero" then error("zero \u0000") else {"#),
+        &named().replace("else {", r#"elif .after.city == "nowhere" then error("no city") elif .after.city == "zero" then error("zero \u0000") else {"#),
     );
     shop.sql("INSERT INTO customers (id, name) VALUES (1, NULL), (2, 'b')").await;
     settled(&shop, "parts").await;
@@ -129,7 +122,7 @@ async fn what_waited_too_long_goes_on_when_the_link_comes_and_what_needs_none_an
     let (api, _proxy, system) = behind_proxy("").await;
     let shop = Shop::start("toolate").await;
     let reference = r#"if .after.street then link("part"; .after.street).id else null end"#;
-    let waiting = PARTS.replace(r#"link_later("part"; .after.street).id"#, &format!("({reference})"));
+    let waiting = parts().replace(r#"link_later("part"; .after.street).id"#, &format!("({reference})"));
     let sink = shop.sink("parts", &system, &waiting.replace("settle:", "link.timeout: 1s\nsettle:"));
     shop.sql("INSERT INTO customers (id, name, street) VALUES (1, 'child', '2'), (3, 'other', '4')").await;
     let dead = async || shop.parked().await.iter().filter(|one| one.kind == ParkedKind::Rejected).count();
@@ -150,5 +143,28 @@ async fn what_waited_too_long_goes_on_when_the_link_comes_and_what_needs_none_an
     shop.sql("UPDATE customers SET street = NULL WHERE id = 5").await;
     eventually(LONG, "made", async || shop.parked().await.is_empty()).await;
     assert!(!item(&api, "waits").is_null());
+    sink.stop().await;
+}
+
+#[tokio::test]
+async fn a_queue_that_is_longer_than_what_is_taken_up_at_once_goes_on_to_its_end() {
+    let (api, proxy, system) = behind_proxy("").await;
+    let shop = Shop::start("long").await;
+    let sink = shop.sink("parts", &system, &named());
+    shop.sql("INSERT INTO customers (id, name) VALUES (1, NULL), (2, NULL)").await;
+    settled(&shop, "parts").await;
+    let changes = "DO $$ BEGIN FOR i IN 1..2300 LOOP UPDATE customers SET street = i::text; END LOOP; END $$";
+    shop.sql(changes).await;
+    settled(&shop, "parts").await;
+    let client = shop.database.connect().await;
+    let count = async || -> i64 { client.query_one("SELECT count(*) FROM tidegate.parked", &[]).await.unwrap().get(0) };
+    assert_eq!(count().await, 2 * 2301);
+    shop.sql("UPDATE customers SET name = 'n' || id").await;
+    eventually(LONG, "both queues are empty", async || {
+        let left = count().await;
+        if left == 0 { Ok(()) } else { Err(left.to_string()) }
+    })
+    .await;
+    assert_eq!((api.items().len(), proxy.count("POST", "/items")), (2, 2));
     sink.stop().await;
 }

@@ -8,6 +8,7 @@ mod connection;
 mod crash;
 mod creates;
 mod datastore;
+mod deletes;
 mod delivery;
 mod documents;
 mod echo;

@@ -11,17 +11,26 @@ use crate::support::{Api, Fault, Proxy, Script, eventually};
 
 const LONG: Duration = Duration::from_secs(60);
 
-/// Of customers, of whom the one whose id is in `street` is the parent.
-pub const PARTS: &str = r#"
+/// A sink of customers as items, which have their ids as codes and are found by them.
+pub fn items(map: &str) -> String {
+    format!(
+        r#"
 object: part
 topics: shop.public.customers
 initial: create
 settle: 200ms
-map: '{ name: .after.name, parent: link_later("part"; .after.street).id }'
-match: { request: GET /items, params: { code: "{{ .key.id }}" }, id: ".[].id" }
-create: { request: POST /items, map: '{ code: .key.id, name: .after.name, parent: link_later("part"; .after.street).id }' }
-update: "PUT /items/{{ $link.id }}"
-"#;
+map: '{map}'
+match: {{ request: GET /items, params: {{ code: "{{{{ .key.id }}}}" }}, id: ".[].id" }}
+create: {{ request: POST /items, map: '{{ code: .key.id }} + ({map})' }}
+update: "PUT /items/{{{{ $link.id }}}}"
+"#
+    )
+}
+
+/// Of customers, of whom the one whose id is in `street` is the parent.
+pub fn parts() -> String {
+    items(r#"{ name: .after.name, parent: link_later("part"; .after.street).id }"#)
+}
 
 pub async fn behind_proxy(more: &str) -> (Api, Proxy, std::sync::Arc<tidegate::systems::System>) {
     let api = Api::start(Vec::new()).await;
@@ -40,7 +49,7 @@ pub fn item(api: &Api, name: &str) -> Value {
 async fn rows_that_refer_to_each_other_go_first_without_and_get_the_reference_after() {
     let (api, proxy, system) = behind_proxy("").await;
     let shop = Shop::start("cycle").await;
-    let sink = shop.sink("parts", &system, PARTS);
+    let sink = shop.sink("parts", &system, &parts());
     // A pair, a ring of three, and one that is its own parent.
     shop.sql(
         "INSERT INTO customers (id, name, street) VALUES (1, 'a', '2'), (2, 'b', '1'), (3, 'c', '4'), (4, 'd', '5'), (5, 'e', '3'), (6, 'f', '6')",
@@ -73,7 +82,7 @@ async fn rows_that_refer_to_each_other_go_first_without_and_get_the_reference_af
     assert_eq!((parked[0].kind, &parked[0].key), (ParkedKind::Owing, &json!({"id": 10})));
     assert!(parked[0].reason.contains("sent without the link of part"), "{}", parked[0].reason);
     sink.crash().await;
-    let sink = shop.sink("parts", &system, PARTS);
+    let sink = shop.sink("parts", &system, &parts());
     shop.sql("INSERT INTO customers (id, name) VALUES (11, 'father')").await;
     eventually(LONG, "the reference came after", async || {
         let father = item(&api, "father")["id"].clone();
@@ -92,7 +101,7 @@ async fn rows_that_refer_to_each_other_go_first_without_and_get_the_reference_af
 async fn who_waits_too_long_for_a_link_becomes_a_dead_letter_and_says_what_to_do() {
     let (api, _proxy, system) = behind_proxy("").await;
     let shop = Shop::start("deadline").await;
-    let waiting = PARTS.replace("link_later", "link").replace("settle:", "link.timeout: 2s\nsettle:");
+    let waiting = parts().replace("link_later", "link").replace("settle:", "link.timeout: 2s\nsettle:");
     let sink = shop.sink("parts", &system, &waiting);
     shop.sql("INSERT INTO customers (id, name, street) VALUES (1, 'a', '2'), (2, 'b', '1'), (3, 'c', '9')").await;
     settled(&shop, "parts").await;
@@ -118,7 +127,7 @@ async fn who_waits_too_long_for_a_link_becomes_a_dead_letter_and_says_what_to_do
     // So does one that went first, and whose reference never came; it is delivered all the same.
     let (api, _proxy, system) = behind_proxy("").await;
     let shop = Shop::start("owed").await;
-    let sink = shop.sink("parts", &system, &PARTS.replace("settle:", "link.timeout: 2s\nsettle:"));
+    let sink = shop.sink("parts", &system, &parts().replace("settle:", "link.timeout: 2s\nsettle:"));
     shop.sql("INSERT INTO customers (id, name, street) VALUES (3, 'c', '9')").await;
     let dead = eventually(LONG, "a dead letter", async || {
         shop.parked().await.into_iter().find(|one| one.kind == ParkedKind::Rejected)
@@ -146,38 +155,25 @@ create:
     done: { request: "GET /items/{{ $link.id }}", when: '.done // [] | index("quote")' }
 update: "PUT /items/{{ $link.id }}"
 "#;
-    let sink = shop.sink("orders", &system, steps);
-    proxy.script(Script::on("POST", "/quote", Fault::Delay(Duration::from_secs(30))).times(1));
-    shop.sql("INSERT INTO customers (id, name) VALUES (1, 'first')").await;
-    eventually(LONG, "the second step is under way", async || proxy.count("POST", "/quote") == 1).await;
-    sink.crash().await;
-    // Both events are one attempt after the restart: only the row tells of the change.
-    shop.sql("UPDATE customers SET name = 'second' WHERE id = 1").await;
-    let sink = shop.sink("orders", &system, steps);
-    settled(&shop, "orders").await;
-    let items = api.items();
-    assert_eq!(
-        (items.len(), &items[0]["name"], &items[0]["done"]),
-        (1, &json!("second"), &json!(["quote"])),
-        "{items:?}"
-    );
-    assert!(shop.parked().await.is_empty(), "{:?}", shop.parked().await);
-    assert_eq!(proxy.count("POST", "/quote"), 1, "asked, and not sent again");
-    // The same where the step is not done, and is sent with the row as it is by then.
-    proxy.script(Script::on("POST", "/quote", Fault::ResetBefore).times(1));
-    shop.sql("INSERT INTO customers (id, name) VALUES (2, 'third')").await;
-    eventually(LONG, "the second step is under way", async || proxy.count("POST", "/quote") == 2).await;
-    sink.crash().await;
-    shop.sql("UPDATE customers SET name = 'fourth' WHERE id = 2").await;
-    let sink = shop.sink("orders", &system, steps);
-    settled(&shop, "orders").await;
-    let items = api.items();
-    assert_eq!(
-        (items.len(), &items[1]["name"], &items[1]["done"]),
-        (2, &json!("fourth"), &json!(["quote"])),
-        "{items:?}"
-    );
-    sink.stop().await;
+    // The second step is not done, and is sent with the row as it is by then; or it is done, asked for, and not sent again.
+    for (id, fault, sent) in [(1, Fault::Delay(Duration::from_secs(30)), 1), (2, Fault::ResetBefore, 2)] {
+        let sink = shop.sink("orders", &system, steps);
+        let before = proxy.count("POST", "/quote");
+        proxy.script(Script::on("POST", "/quote", fault).times(1));
+        shop.sql(&format!("INSERT INTO customers (id, name) VALUES ({id}, 'first')")).await;
+        eventually(LONG, "the second step is under way", async || proxy.count("POST", "/quote") > before).await;
+        sink.crash().await;
+        // Both events are one attempt after the restart: only the row tells of the change.
+        shop.sql(&format!("UPDATE customers SET name = 'second' WHERE id = {id}")).await;
+        let sink = shop.sink("orders", &system, steps);
+        settled(&shop, "orders").await;
+        let items = api.items();
+        let last = items.last().unwrap();
+        assert_eq!((items.len(), &last["name"], &last["done"]), (id, &json!("second"), &json!(["quote"])), "{items:?}");
+        assert!(shop.parked().await.is_empty(), "{:?}", shop.parked().await);
+        assert_eq!(proxy.count("POST", "/quote") - before, sent);
+        sink.stop().await;
+    }
 }
 
 #[tokio::test]

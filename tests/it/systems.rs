@@ -170,6 +170,48 @@ async fn a_probe_without_a_turn_in_the_budget_tells_of_no_outage() {
         "{answer:?}"
     );
     assert_eq!(system.breaker(), BreakerState::Closed);
+    // Whether a request that changes something was applied is not known either.
+    let system = crate::support::system("api", &format!("base_url: {}\n{settings}", server.url()));
+    let answer = system.send(&HttpRequest::new(Method::POST, "/data")).await;
+    assert!(matches!(&answer, Answer::Uncertain { reason } if reason.contains("no turn")), "{answer:?}");
+}
+
+#[tokio::test]
+async fn a_token_is_hidden_while_another_is_asked_for_and_after() {
+    let mut logins = 0;
+    let server = Scripted::start(move |asked| match asked.path.as_str() {
+        "/login" => {
+            logins += 1;
+            let told: Told = json!({"token": format!("t{logins}-s3cr3t")}).into();
+            told.after(Duration::from_millis(if logins == 1 { 0 } else { 1500 }))
+        }
+        // It says back what it was asked with.
+        "/echo" => Told::status(422)
+            .body(format!("{:?}", asked.headers["authorization"].to_str().unwrap()))
+            .after(Duration::from_millis(800)),
+        _ => Told::status(401),
+    })
+    .await;
+    let system = system("api", &format!("base_url: {}\n{LOGIN}", server.url()));
+    let hidden = |answer: Answer| match answer {
+        Answer::Rejected { response, reason } => {
+            let shown = format!("{reason} {}", system.shown(&response));
+            assert!(shown.contains("***") && !shown.contains("s3cr3t"), "{shown}");
+        }
+        other => panic!("{other:?}"),
+    };
+    hidden(system.send(&get("/echo")).await);
+    let echo = tokio::spawn({
+        let system = Arc::clone(&system);
+        async move { system.send(&get("/echo")).await }
+    });
+    eventually(Duration::from_secs(10), "asked", async || server.count("/echo") == 2).await;
+    // While its answer is under way, somebody else needs a new token.
+    let data = get("/data");
+    let (echo, refused) = tokio::join!(echo, system.send(&data));
+    hidden(echo.unwrap());
+    assert!(matches!(refused, Answer::Unavailable { .. }), "{refused:?}");
+    assert_eq!(server.count("/login"), 2);
 }
 
 #[tokio::test]

@@ -96,7 +96,7 @@ impl Delivery {
             };
             self.ownership.check()?;
             self.held(work)?;
-            match attempt.weigh(self.settings.system.send_if(&request, &ready).await) {
+            match attempt.weigh(&request, self.settings.system.send_if(&request, &ready).await) {
                 Answer::Applied(_) => step += 1,
                 Answer::Rejected { response, reason } => {
                     let rejection =

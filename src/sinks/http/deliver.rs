@@ -9,6 +9,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use rand::RngExt;
+use reqwest::Method;
 use serde_json::Value;
 use tokio::time::Instant;
 
@@ -25,7 +26,7 @@ use crate::mapping::Owed;
 use crate::pipeline::{ConnectorContext, Counts, Fault, FaultKind, Status};
 use crate::registry::EventDecoder;
 use crate::sources::log::Revoked;
-use crate::systems::Answer;
+use crate::systems::{Answer, HttpRequest};
 
 /// Pauses between tries of one record.
 const FIRST_PAUSE: Duration = Duration::from_millis(300);
@@ -75,13 +76,20 @@ pub(super) struct Attempt {
     pub busy: u32,
     /// It was refused with a status of 500 or more.
     pub(super) refused: bool,
+    /// It was told that there is no such thing.
+    pub(super) missed: bool,
     pub(super) started: Option<Instant>,
 }
 
 impl Attempt {
-    /// A status of 500 or more is the record's own only if it comes twice: the first time the system may have been
-    /// half up, and its probe well a moment later.
-    pub fn weigh(&mut self, answer: Answer) -> Answer {
+    /// A status of 500 or more is the record's own only if it comes twice, and so is one that says that what is asked
+    /// for is not there: the first time the system may have been half up, and its probe well a moment later.
+    pub fn weigh(&mut self, request: &HttpRequest, answer: Answer) -> Answer {
+        if !self.missed && says_missing(request, &answer) {
+            self.missed = true;
+            let reason = format!("{} {} is not there, which is asked once more", request.method, request.shown_path());
+            return Answer::Retry { after: None, response: None, reason };
+        }
         match answer {
             Answer::Rejected { response, reason } if response.status >= 500 && !self.refused => {
                 self.refused = true;
@@ -98,6 +106,15 @@ impl Attempt {
         self.tries = 0;
         self.unanswered = 0;
         self.sent = true;
+    }
+}
+
+/// Not of what a rule of the system has taken as applied, or it would be applied twice; a `DELETE` may be.
+pub(super) fn says_missing(request: &HttpRequest, answer: &Answer) -> bool {
+    match answer {
+        Answer::Applied(response) => request.method == Method::DELETE && matches!(response.status, 404 | 410),
+        Answer::Rejected { response, .. } => matches!(response.status, 404 | 410),
+        _ => false,
     }
 }
 

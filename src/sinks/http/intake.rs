@@ -8,7 +8,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::time::Instant;
 
-use crate::datastore::{Datastore, Owned, Parked, ParkedKind, parked_counts, parked_ready};
+use crate::datastore::{Datastore, Owned, Parked, ParkedKind, Room, parked_counts, parked_ready};
 use crate::event::TopicPartition;
 use crate::log::ConsumedRecord;
 use crate::pipeline::{Batch, Fault, Source, Status};
@@ -17,8 +17,8 @@ use crate::systems::System;
 
 /// How often the parked records are looked at.
 const LOOK: Duration = Duration::from_millis(500);
-/// Queues taken up at once.
-const AT_ONCE: i64 = 200;
+/// Queues taken up at once, and bytes of their heads.
+const AT_ONCE: Room = Room { records: 200, bytes: 4 << 20 };
 
 /// A batch of the sink.
 pub enum Work {
@@ -132,6 +132,6 @@ impl Source for Intake {
     }
 }
 
-fn size(record: &ConsumedRecord) -> usize {
+pub(super) fn size(record: &ConsumedRecord) -> usize {
     record.key.as_ref().map_or(0, |key| key.len()) + record.value.as_ref().map_or(0, |value| value.len())
 }

@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::deliver::{Attempt, Delivery, db};
 use super::outcome::{Outcome, Rejection};
 use super::work::{Event, KeyWork};
-use crate::datastore::{Client, NewParked, ParkedKind, heal, owe, park, parked_places, unpark};
+use crate::datastore::{BEHIND, Client, NewParked, ParkedKind, has_queue, heal, owe, park, park_behind, unpark};
 use crate::log::ConsumedRecord;
 use crate::mapping::{Owed, Wanted};
 use crate::pipeline::{Counts, Fault};
@@ -16,20 +16,13 @@ impl Delivery {
     /// Parks the events behind the key's queue, where it has one.
     pub(super) async fn stand_behind(&self, work: &KeyWork) -> Result<bool, Fault> {
         let mut client = self.datastore.client().await?;
-        let places = parked_places(&client, &self.connector, &work.key).await?;
-        if places.is_empty() {
+        if !has_queue(&client, &self.connector, &work.key).await? {
             return Ok(false);
         }
         let transaction = client.transaction().await.map_err(db)?;
         let mut news = false;
         for Event { record, .. } in &work.events {
-            let there = |(topic, partition, offset): &(String, i32, i64)| {
-                **topic == *record.topic && *partition == record.partition && *offset == record.offset.0
-            };
-            if !places.iter().any(there) {
-                park(&transaction, &self.connector, &work.key, record, &behind()).await?;
-                news = true;
-            }
+            news |= park_behind(&transaction, &self.connector, &work.key, record).await?;
         }
         if news && !self.sends_changes() {
             heal(&transaction, &self.connector, &work.key).await?;
@@ -156,5 +149,5 @@ fn rejected(rejection: Rejection) -> NewParked {
 }
 
 fn behind() -> NewParked {
-    NewParked::new(ParkedKind::Behind, "stands behind an earlier record of its key")
+    NewParked::new(ParkedKind::Behind, BEHIND)
 }

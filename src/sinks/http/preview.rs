@@ -12,7 +12,7 @@ use super::expressions::{Answers, Unmapped};
 use super::group_of;
 use super::settings::{Initial, Settings, Update};
 use super::shape::Shape;
-use crate::datastore::{Client, LinkKey, TableName, find_link, parked_places};
+use crate::datastore::{BEHIND, Client, LinkKey, TableName, find_link, has_queue};
 use crate::event::{Change, Offset, Operation, TopicPartition};
 use crate::log::{LogError, PollLimit, StartAt, StopAt};
 use crate::mapping::Links;
@@ -101,10 +101,8 @@ impl One<'_> {
             let lines: Vec<_> = self.settings.create.iter().map(|step| line(&step.request)).collect();
             return Ok(Some(json!({ "key": key, "does": "change", "requests": lines })));
         }
-        if !parked_places(self.client, self.connector, key).await?.is_empty() {
-            return Ok(Some(
-                json!({ "key": key, "does": "wait", "why": "stands behind an earlier record of its key" }),
-            ));
+        if has_queue(self.client, self.connector, key).await? {
+            return Ok(Some(json!({ "key": key, "does": "wait", "why": BEHIND })));
         }
         let system = self.settings.system.name();
         let link_key = LinkKey { system: system.to_owned(), object: self.settings.object.clone(), key: key.clone() };

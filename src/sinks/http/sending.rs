@@ -26,6 +26,8 @@ impl Delivery {
         mut job: Job,
         attempt: &mut Attempt,
     ) -> Result<Next, Fault> {
+        // An earlier try may have gone through: that this one did not tells nothing of that one, whose intent stays.
+        let mut resent = attempt.anew;
         loop {
             let left = OnceLock::new();
             let ready = || {
@@ -43,10 +45,13 @@ impl Delivery {
             let blind = job.operation == Doing::Create(0)
                 && self.settings.matching.is_none()
                 && !self.is_idempotent(job.operation);
-            let answer = if blind { answer } else { attempt.weigh(answer) };
+            let answer = if blind { answer } else { attempt.weigh(&job.request, answer) };
             match answer {
                 Answer::Applied(response) => match self.applied(&key, &job, Some(&response)).await? {
-                    Ok(Applied::Step(next)) => job = *next,
+                    Ok(Applied::Step(next)) => {
+                        job = *next;
+                        resent = false;
+                    }
                     Ok(Applied::Anew) => {
                         attempt.sent = true;
                         return Ok(Next::Again(Duration::ZERO));
@@ -95,7 +100,7 @@ impl Delivery {
                 // The system may have made it and failed after: as with no answer, it is looked up before it is made
                 // again. The intent stays open for that.
                 Answer::Retry { after, response: Some(response), reason }
-                    if job.operation == Doing::Create(0) && response.status >= 500 =>
+                    if job.operation == Doing::Create(0) && response.is_doubtful() =>
                 {
                     let mut doubtful = Rejection::because(reason.as_str())
                         .of(&job.request)
@@ -122,12 +127,22 @@ impl Delivery {
                 }
                 // The same of what can be asked, or known as the same.
                 Answer::Retry { after, response: Some(response), reason }
-                    if response.status >= 500 && self.can_tell(job.operation) =>
+                    if response.is_doubtful() && self.can_tell(job.operation) =>
                 {
                     let next = self.again(attempt, after, Some(response), reason, &job.request)?;
                     match next {
                         Next::Done(_) => self.close_intent(&key, &job.intent.id).await?,
                         Next::Again(_) => self.set_ended(&key, &job.intent.id, took).await,
+                    }
+                    return Ok(next);
+                }
+                Answer::Retry { after, response, reason }
+                    if resent || job.operation == Doing::Delete && attempt.missed =>
+                {
+                    let next = self.again(attempt, after, response, reason, &job.request)?;
+                    match next {
+                        Next::Done(_) => self.close_intent(&key, &job.intent.id).await?,
+                        Next::Again(_) => attempt.again = Some(job.intent.id),
                     }
                     return Ok(next);
                 }
@@ -137,7 +152,7 @@ impl Delivery {
                     return self.again(attempt, after, response, reason, &job.request);
                 }
                 Answer::Unavailable { after, reason, maybe_applied } => {
-                    if maybe_applied {
+                    if maybe_applied || resent {
                         self.set_ended(&key, &job.intent.id, took).await;
                     } else {
                         self.close_intent(&key, &job.intent.id).await?;
@@ -161,7 +176,9 @@ impl Delivery {
 
     /// Whether a request that may or may not have been applied does no harm when it is resolved.
     fn can_tell(&self, doing: Doing) -> bool {
-        self.is_idempotent(doing) || matches!(doing, Doing::Create(step) if step > 0) && self.can_ask(doing)
+        doing == Doing::Delete
+            || self.is_idempotent(doing)
+            || matches!(doing, Doing::Create(step) if step > 0) && self.can_ask(doing)
     }
 
     /// Whether the settings say how to ask the system if the request was applied.

@@ -5,15 +5,15 @@ use std::collections::{BTreeSet, HashMap};
 use serde_json::{Value, json};
 
 use super::deliver::Delivery;
-use super::intake::Work;
+use super::intake::{Work, size};
 use super::outcome::Rejection;
-use crate::datastore::{Client, Command, Parked, ParkedKind, TableName, parked_places, parked_queue, unpark};
+use crate::datastore::{Client, Command, Parked, ParkedKind, Room, TableName, has_queue, parked_queue, unpark};
 use crate::event::{Change, Lsn, Operation, TopicPartition};
 use crate::log::ConsumedRecord;
 use crate::pipeline::{Counts, Fault};
 
-/// Records of one queue that are taken up at once.
-const QUEUE: i64 = 500;
+/// Records of all queues that are taken up at once, and their bytes. What there is no room for has its turn next.
+const AT_ONCE: Room = Room { records: 2000, bytes: 4 << 20 };
 
 pub struct Event {
     pub record: ConsumedRecord,
@@ -116,6 +116,7 @@ impl Delivery {
     async fn sort_parked(&self, heads: Vec<Parked>) -> Result<(Vec<KeyWork>, Counts), Fault> {
         let mut counts = Counts::default();
         let mut works = Vec::new();
+        let mut room = AT_ONCE;
         let client = self.datastore.client().await?;
         for head in heads {
             let key = &head.summary.key;
@@ -140,7 +141,12 @@ impl Delivery {
             }
             let mut events = Vec::new();
             let mut own: Option<(TableName, Value)> = None;
-            for parked in parked_queue(&client, &self.connector, key, owing, QUEUE).await? {
+            if room.records <= 0 || room.bytes <= 0 {
+                continue;
+            }
+            for parked in parked_queue(&client, &self.connector, key, owing, room).await? {
+                room.records -= 1;
+                room.bytes -= size(&parked.record) as i64;
                 match self.decode(&parked.record).await? {
                     Ok(Some(change)) => {
                         let keys = match self.keys(&client, &change).await? {
@@ -214,7 +220,7 @@ impl Delivery {
     /// Sets a record aside that belongs to no key.
     async fn refuse(&self, client: &Client, record: ConsumedRecord, rejection: Rejection) -> Result<(), Fault> {
         let key = json!({ "record": format!("{}-{}@{}", record.topic, record.partition, record.offset) });
-        if parked_places(client, &self.connector, &key).await?.is_empty() {
+        if !has_queue(client, &self.connector, &key).await? {
             self.set_rejected(client, &key, &record, rejection).await?;
         }
         Ok(())
