@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tidegate::event::{Lsn, Operation};
@@ -196,6 +196,31 @@ async fn an_idle_database_in_a_busy_server_moves_its_slot_on() {
     capture.stop().await.unwrap();
     let stored = world.position().await.unwrap().commit_end;
     assert!(stored >= confirmed(&client, &world).await, "what is acknowledged was stored first");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_capture_has_no_lag_while_its_position_moves() {
+    let server = Postgres::shared(Version::Distribution).await;
+    let (database, other) = (server.database("unmoved").await, server.database("moving").await);
+    database.execute("CREATE TABLE t (id int PRIMARY KEY)").await;
+    other.execute("CREATE TABLE noise (id int)").await;
+    let mut world = World::new(&database, &[r"public\.t"]);
+    // There is nearly always one on its way to the log.
+    world.settings.idle_advance = Duration::from_millis(1);
+    let capture = world.start_streaming().await;
+    database.execute("INSERT INTO t VALUES (1)").await;
+    let committed = Instant::now();
+    world.wait_for_changes("shop.public.t", 1).await;
+    let client = other.connect().await;
+    while committed.elapsed() < Duration::from_secs(12) {
+        client.batch_execute("INSERT INTO noise VALUES (1)").await.unwrap();
+        if committed.elapsed() > Duration::from_secs(4) {
+            // Told each second: what was written may then have been on its way, what was written before is through.
+            let seconds = capture.status.lag().seconds.unwrap_or_default();
+            assert!(seconds < 3.0, "{seconds} s, though the last commit is in the log");
+        }
+    }
+    capture.stop().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
