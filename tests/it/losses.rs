@@ -6,7 +6,7 @@ use tidegate::event::Lsn;
 use tidegate::sinks::log::LogDestination;
 use tidegate::sources::postgres::SnapshotMode;
 
-use crate::support::capture::{World, confirmed, wait_for_equality};
+use crate::support::capture::{World, confirmed, letters, wait_for_equality};
 use crate::support::postgres::Options;
 use crate::support::{Postgres, Version, eventually};
 
@@ -120,6 +120,37 @@ async fn a_slot_that_is_lost_while_a_new_table_is_read_is_noticed() {
     let capture = world.start_streaming().await;
     wait_for_equality(&world, &client, "b").await;
     capture.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_another_worker_wrote_before_it_let_go_of_the_slot_is_no_loss() {
+    let server = Postgres::shared(Version::Distribution).await;
+    let database = server.database("let_go").await;
+    database.execute("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)").await;
+    let (mut world, gate) = World::gated(&database, &[r"public\.t"], "pg_try_advisory_lock").await;
+    let through = std::mem::replace(&mut world.url, database.url());
+    world.start_streaming().await.stop().await.unwrap();
+    // It has read the log's position, and is about to take the slot.
+    let direct = std::mem::replace(&mut world.url, through);
+    let waiting = world.start().await;
+    gate.reached().await;
+    world.url = direct;
+    let other = world.start_streaming().await;
+    database.execute("INSERT INTO t VALUES (2)").await;
+    world.wait_for_changes("shop.public.t", 2).await;
+    other.stop().await.unwrap();
+    let client = database.connect().await;
+    eventually(Duration::from_secs(30), "the slot is let go of", async || {
+        let sql = "SELECT count(*) FROM pg_locks l JOIN pg_database d ON d.oid = l.database \
+                   WHERE locktype = 'advisory' AND datname = current_database()";
+        client.query_one(sql, &[]).await.unwrap().get::<_, i64>(0) == 0
+    })
+    .await;
+    gate.open();
+    waiting.streaming().await;
+    database.execute("INSERT INTO t VALUES (3)").await;
+    assert_eq!(letters(&world.wait_for_changes("shop.public.t", 3).await), "rcc", "each once");
+    waiting.stop().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -211,6 +211,7 @@ impl PostgresSource {
             self.durable = self.stored.get();
         }
         let opening = Opening {
+            log: self.resolver.log.clone(),
             settings: self.settings.clone(),
             address: self.address.clone(),
             status: self.status.clone(),

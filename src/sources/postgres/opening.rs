@@ -24,6 +24,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::event::{CapturePosition, Lsn, Oid, SharedTable, SnapshotProgress, Table};
+use crate::log::Log;
 use crate::pipeline::{Fault, FaultKind, Status};
 use crate::postgres::catalog::{self, CatalogTable, ServerFacts};
 use crate::postgres::replication::{self, Acknowledged, Chunks, CreatedSlot, SlotKind};
@@ -80,6 +81,7 @@ impl Drop for StreamFeed {
 }
 
 pub(super) struct Opening {
+    pub log: Arc<dyn Log>,
     pub settings: Arc<CaptureSettings>,
     pub address: Address,
     pub status: Arc<Status>,
@@ -114,6 +116,9 @@ impl Opening {
         }
         if let Some(holder) = slot::hold(&mut session, &self.settings.slot).await? {
             return Err(self.taken(&holder));
+        }
+        if self.from.is_none() && self.is_stale().await? {
+            return Err(Fault::retry("another worker has written since the log's position was read: reading it again"));
         }
         let server = slot::look(&mut session, &self.settings.slot, self.stored.as_ref()).await?;
         let (system, found) = (&server.system, server.slot.as_ref());
@@ -219,6 +224,14 @@ impl Opening {
         let mut session = self.hand_over(session).await?;
         let behind = replication::identify_system(&mut session).await?.wal_end;
         self.stream(session, position, catalog, behind).await
+    }
+
+    /// Whether the position that was read is not the log's any more: who had the slot until now may have written, and
+    /// told the server, in between.
+    async fn is_stale(&self) -> Result<bool, Fault> {
+        let Some(now) = self.log.position(&self.name).await? else { return Ok(false) };
+        let now: Option<CapturePosition> = serde_json::from_slice(&now).ok();
+        Ok(now.is_some() && now != self.stored)
     }
 
     /// Changes are or may be missing in the log: all is read anew where that is asked for.
