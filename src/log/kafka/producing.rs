@@ -120,6 +120,7 @@ impl Producing {
             shared.clone(),
             received,
             !settings.lingers(),
+            settings.request_bytes(),
         )?;
         // Ends with `Close`, which the end of the `Producing` gives.
         let thread = std::thread::Builder::new()

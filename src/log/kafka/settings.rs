@@ -148,6 +148,14 @@ impl KafkaSettings {
         Ok(config)
     }
 
+    /// What librdkafka puts into one request of a partition, before it is compressed.
+    pub(super) fn request_bytes(&self) -> usize {
+        let config = self.base("producer");
+        let limit = |name| config.get(name).and_then(|value| value.parse().ok()).unwrap_or(1_000_000);
+        // Less the frame around the records.
+        usize::min(limit("batch.size"), limit("message.max.bytes")).saturating_sub(512)
+    }
+
     /// Somebody has set how long librdkafka waits for more before it sends.
     pub(super) fn lingers(&self) -> bool {
         let given = self.base("producer");
