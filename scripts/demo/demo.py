@@ -281,11 +281,12 @@ def look_further(world, keep):
                  "tidegate dead-letters list"):
         say(f"   {line}")
     say(f"   psql -h 127.0.0.1 -p {world.ports['postgresql']} -U postgres shop")
-    say(f"   http://{world.tryton_address()}/   Tryton, databases erp and crm, user admin, password admin")
+    say('   curl -H "Authorization: Bearer $ERP_KEY" "$ERP_URL/party.party?s=3"   # the CRM: $CRM_KEY, $CRM_URL')
+    say(f"   {world.tryton_address()} in a Tryton client: databases erp and crm, user admin, password admin")
     say(f"   curl http://127.0.0.1:{world.ports['tidegate']}/metrics")
     ids = " ".join(str(process.pid) for process in world.processes.values())
-    kafka = f"; scripts/kafka.sh stop {world.dir}/kafka" if "kafka" in world.started else ""
-    say(f"   stop it:  kill {ids}{kafka}; scripts/postgresql.sh stop {world.dir}/pg; rm -rf {world.dir}")
+    kafka = f"; {ROOT}/scripts/kafka.sh stop {world.dir}/kafka" if "kafka" in world.started else ""
+    say(f"   stop it:  kill {ids}{kafka}; {ROOT}/scripts/postgresql.sh stop {world.dir}/pg; rm -rf {world.dir}")
 
 
 def main(template):
