@@ -9,7 +9,8 @@
 //! round is handed over, and sends it then, unless its `linger.ms` was set.
 //!
 //! The invariant: a position is handed over only when every record that it covers, and every record before, is durable.
-//! After a record that was not delivered nothing is handed over any more, and nothing that waits is durable.
+//! After a record that was not delivered nothing is handed over any more, and nothing that waits is durable; that is said
+//! when nothing is on the way any more, since what arrives later would come behind what is written again.
 
 use std::cell::Cell;
 use std::collections::{HashMap, VecDeque};
@@ -39,6 +40,8 @@ const GATHER_BYTES: usize = 768 << 10;
 const PACE: Duration = Duration::from_millis(10);
 /// How soon what found librdkafka's queue full is handed over again.
 const NO_ROOM: Duration = Duration::from_millis(2);
+/// What is on the way when something was not delivered is waited for so long.
+const LAST_WORDS: Duration = Duration::from_secs(10);
 /// How long a wait for news lasts, at the most.
 const LOOK: Duration = Duration::from_millis(250);
 /// Header objects kept to be used again (about 400 bytes each), until nothing comes for a moment.
@@ -76,8 +79,10 @@ pub(super) struct Feeder {
     on_the_way: usize,
     /// Records of the last batch that are handed over, where that is not all.
     partly: Option<(usize, Until)>,
-    /// A record was not delivered: when those before it are settled, all fails.
-    stopped: bool,
+    /// Since when nothing is handed over any more, because something was not delivered.
+    stopped: Option<Instant>,
+    /// What librdkafka has not sent has been taken from it.
+    purged: bool,
     /// Durable records without their position, in order.
     settled: VecDeque<OnTheWay>,
     /// The position that is to be written for them, and when it may be.
@@ -181,7 +186,8 @@ impl Feeder {
             first: 0,
             on_the_way: 0,
             partly: None,
-            stopped: false,
+            stopped: None,
+            purged: false,
             settled: VecDeque::new(),
             due: None,
             due_at: now,
@@ -235,7 +241,7 @@ impl Feeder {
 
     /// When what waits is to be handed over.
     fn hand_over_at(&self, now: Instant) -> Option<Instant> {
-        if self.stopped || self.waiting.is_empty() && self.partly.is_none() {
+        if self.stopped.is_some() || self.waiting.is_empty() && self.partly.is_none() {
             return None;
         }
         if let Some((_, Until::Room(at))) = self.partly {
@@ -283,7 +289,7 @@ impl Feeder {
             match message.result {
                 Ok(()) => settled = true,
                 Err(error) => {
-                    *stopped = true;
+                    stopped.get_or_insert_with(Instant::now);
                     batch.failed.get_or_insert_with(|| undelivered(&error, &shared.told));
                 }
             }
@@ -305,12 +311,12 @@ impl Feeder {
     /// Goes as far as acknowledgements allow: positions behind durable records, tickets behind those.
     fn settle(&mut self) {
         if let Some(error) = self.shared.failed.get().cloned() {
-            return self.fail(&error);
+            return self.give_up(&error);
         }
         while let Some(batch) = self.batches.front() {
             if let Some(error) = batch.failed.clone() {
                 // Those before it are durable; their positions are not, and they are done again.
-                return self.fail(&error);
+                return self.give_up(&error);
             }
             if batch.left > 0 {
                 break;
@@ -364,7 +370,7 @@ impl Feeder {
             self.feed(from);
         }
         while self.partly.is_none()
-            && !self.stopped
+            && self.stopped.is_none()
             && let Some(accepted) = self.waiting.pop_front()
         {
             let (records, bytes) = (accepted.batch.len(), accepted.batch.byte_size());
@@ -395,7 +401,7 @@ impl Feeder {
         for at in from..last.records {
             let Some(record) = batch.get(at) else { break };
             let Some(route) = routes[record.topic_slot.index()] else {
-                *stopped = true;
+                stopped.get_or_insert_with(Instant::now);
                 last.failed = Some(LogError::Invalid(format!("no topic can be called '{}'", record.topic)));
                 return;
             };
@@ -425,7 +431,7 @@ impl Feeder {
                     }
                     let size = record.value.map_or(0, <[u8]>::len);
                     let topic = Some(format!("{}, a record of {size} bytes", record.topic));
-                    *stopped = true;
+                    stopped.get_or_insert_with(Instant::now);
                     last.failed = Some(undelivered(&Undelivered { error, topic }, &shared.told));
                     return;
                 }
@@ -434,13 +440,22 @@ impl Feeder {
         last.accepted.batch.clear();
     }
 
+    /// Fails when nothing is on the way any more, or has been for too long.
+    fn give_up(&mut self, error: &LogError) {
+        let since = *self.stopped.get_or_insert_with(Instant::now);
+        if self.on_the_way == 0 && self.covers.is_none() || since.elapsed() >= LAST_WORDS {
+            self.fail(error);
+        }
+    }
+
     /// Everything that is not settled, and everything that comes, fails.
     fn fail(&mut self, error: &LogError) {
-        if self.shared.failed.set(error.clone()).is_ok() {
+        let _ = self.shared.failed.set(error.clone());
+        if !std::mem::replace(&mut self.purged, true) {
             self.native.purge();
         }
         (self.due, self.covers, self.partly) = (None, None, None);
-        self.stopped = true;
+        self.stopped.get_or_insert_with(Instant::now);
         self.first += self.batches.len();
         (self.on_the_way, self.waiting_bytes) = (0, 0);
         let accepted = self.settled.drain(..).chain(self.batches.drain(..));

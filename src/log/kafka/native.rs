@@ -21,6 +21,7 @@ use std::time::Duration;
 use rdkafka::ClientContext as _;
 use rdkafka::bindings as sys;
 use rdkafka::bindings::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_NO_ERROR as NO_ERROR;
+use rdkafka::bindings::rd_kafka_resp_err_t::RD_KAFKA_RESP_ERR_UNKNOWN as UNKNOWN;
 use rdkafka::bindings::rd_kafka_vtype_t as vtype;
 use rdkafka::config::{ClientConfig, FromClientConfigAndContext as _, RDKafkaLogLevel};
 use rdkafka::error::{KafkaError, KafkaResult};
@@ -138,18 +139,22 @@ impl Native {
             match sys::rd_kafka_event_type(event) {
                 sys::RD_KAFKA_EVENT_DR => loop {
                     let message = sys::rd_kafka_event_message_next(event);
-                    let Some(found) = message.as_ref() else { break };
+                    if message.is_null() {
+                        break;
+                    }
                     let mut headers = ptr::null_mut();
                     let detached = sys::rd_kafka_message_detach_headers(message as *mut _, &mut headers) == NO_ERROR;
-                    let result = match found.err {
+                    // A broker's code may be one that the enumeration has not got.
+                    let code = (&raw const (*message).err).cast::<i32>().read();
+                    let result = match sys::rd_kafka_resp_err_t::try_from(code).unwrap_or(UNKNOWN) {
                         NO_ERROR => Ok(()),
                         error => Err(Undelivered {
                             error: KafkaError::MessageProduction(error.into()),
-                            topic: Some(text(sys::rd_kafka_topic_name(found.rkt)).into_owned()),
+                            topic: Some(text(sys::rd_kafka_topic_name((*message).rkt)).into_owned()),
                         }),
                     };
                     let headers = (detached && !headers.is_null()).then(|| Headers(headers));
-                    settled(Settled { tag: found._private as usize, result, headers });
+                    settled(Settled { tag: (*message)._private as usize, result, headers });
                 },
                 sys::RD_KAFKA_EVENT_ERROR => {
                     let error = KafkaError::Global(sys::rd_kafka_event_error(event).into());
