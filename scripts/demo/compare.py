@@ -73,12 +73,14 @@ def orders(world, erp):
     shop = defaultdict(list)
     for reference, customer, status, sku, quantity, price in rows:
         shop[reference, customer, status].append((sku, number(quantity), number(price)))
+    # What refers before what is referred to: more may come between two questions.
+    sales = once(erp.search("sale.sale", [], ["reference", "party", "state"]), lambda sale: sale["reference"])
+    sold = erp.search("sale.line", [], ["sale", "product", "quantity", "unit_price"])
     codes = {party["id"]: party["code"] for party in erp.search("party.party", [["active", "in", [True, False]]], ["code"])}
     skus = {product["id"]: product["code"] for product in erp.search("product.product", [], ["code"])}
     lines = defaultdict(list)
-    for line in erp.search("sale.line", [], ["sale", "product", "quantity", "unit_price"]):
+    for line in sold:
         lines[line["sale"]].append((skus[line["product"]], number(line["quantity"]), number(line["unit_price"])))
-    sales = once(erp.search("sale.sale", [], ["reference", "party", "state"]), lambda sale: sale["reference"])
     sales = {(reference, codes[sale["party"]], STATUS.get(sale["state"], sale["state"])): sorted(lines[sale["id"]])
              for reference, sale in sales.items()}
     shop = {key: sorted(value) for key, value in shop.items()}
