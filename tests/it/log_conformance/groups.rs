@@ -169,33 +169,28 @@ pub async fn news_reaches_a_waiting_consumer_at_once(world: World) {
     // A producer that has just begun takes a moment to find its brokers.
     writer.append(batch(&name, [("k", "first")]), None).await.unwrap().await.unwrap();
     consume_count(&mut *consumer, 1).await;
-    let start = Instant::now();
-    let writing = async {
-        let mut every = tokio::time::interval(Duration::from_millis(2));
-        for _ in 0..300 {
-            every.tick().await;
-            let at = start.elapsed().as_micros().to_string();
-            // Not awaited: the ticket resolves by itself.
-            drop(writer.append(batch(&name, [("k", at.as_str())]), None).await.unwrap());
-        }
-    };
-    let reading = async {
-        let mut late = Vec::new();
-        while late.len() < 300 {
-            assert!(start.elapsed() < DEADLINE, "{} came", late.len());
-            if let Polled::Records(records) = consumer.poll(&LIMIT).await.unwrap() {
-                let now = start.elapsed().as_micros() as u64;
-                late.extend(records.iter().map(|r| now - text(&r.value).parse::<u64>().unwrap()));
-            }
-        }
-        late
-    };
-    let ((), mut late) = tokio::join!(writing, reading);
+    // One that looks now and then would find every record late, since each comes as a wait has just begun.
+    let limit = PollLimit { wait: Duration::from_secs(1), ..LIMIT };
+    let mut late = Vec::new();
+    for round in 0..50 {
+        let writing = async {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            let at = Instant::now();
+            writer.append(batch(&name, [("k", round.to_string().as_str())]), None).await.unwrap().await.unwrap();
+            at
+        };
+        let reading = async {
+            while !matches!(consumer.poll(&limit).await.unwrap(), Polled::Records(records) if !records.is_empty()) {}
+            Instant::now()
+        };
+        let both = async { tokio::join!(writing, reading) };
+        let (at, came) = tokio::time::timeout(DEADLINE, both).await.expect("a record did not come");
+        late.push(came - at);
+    }
     late.sort_unstable();
-    let (p50, p99) = (late[150], late[297]);
-    println!("{}: append to consumer p50 {p50} us, p99 {p99} us", log.kind());
-    // Single-digit milliseconds on an idle machine; the bound leaves room for a busy one.
-    assert!(p50 < 50_000, "p50 {p50} us");
+    println!("{}: append to consumer, of 50: fifth {:?}, median {:?}", log.kind(), late[4], late[25]);
+    // Not how fast it is, which `make bench` measures on a quiet machine: the quickest were woken.
+    assert!(late[4] < Duration::from_millis(100), "{late:?}");
     consumer.close().await.unwrap();
 }
 
