@@ -9,7 +9,7 @@ use tidegate::datastore::ParkedKind;
 use crate::delivery::settled;
 use crate::references::{behind_proxy, item, items};
 use crate::support::shop::Shop;
-use crate::support::{Fault, Script, eventually};
+use crate::support::{Api, Fault, Proxy, Script, eventually};
 
 const LONG: Duration = Duration::from_secs(60);
 
@@ -23,26 +23,24 @@ fn page() -> Fault {
     Fault::Answer { status: 200, headers: Vec::new(), body: "<!DOCTYPE html>\n<title>Back soon</title>".to_owned() }
 }
 
-#[tokio::test]
-async fn what_is_answered_404_while_the_probe_fails_is_neither_gone_nor_missing_nor_refused() {
-    let (api, proxy, system) = behind_proxy("breaker.open: 200ms\n").await;
-    let shop = Shop::start("notthere").await;
-    let sink = shop.sink("parts", &system, &deleting());
+/// A delete, an update and a `match` of sink `parts` that are answered 404 once, after `script`: nothing is taken for
+/// gone, made twice or set aside.
+async fn met_by_404(api: &Api, proxy: &Proxy, shop: &Shop, script: impl Fn()) {
     shop.sql("INSERT INTO customers (id, name) VALUES (1, 'a'), (2, 'b')").await;
-    settled(&shop, "parts").await;
+    settled(shop, "parts").await;
     api.inside.lock().unwrap().items.insert(9, json!({"id": 9, "code": 3, "name": "there already"}));
     for (method, path, sql) in [
         ("DELETE", "/items/", "DELETE FROM customers WHERE id = 1"),
         ("PUT", "/items/", "UPDATE customers SET name = 'c' WHERE id = 2"),
         ("GET", "/items?", "INSERT INTO customers (id, name) VALUES (3, 'd')"),
     ] {
-        // What a gateway says whose system is not there yet; the probe of a second ago is none of now.
+        // An answer of more than a second ago says nothing of how the system is now.
         tokio::time::sleep(Duration::from_millis(1100)).await;
-        proxy.script(Script::on("GET", "/all", Fault::status(503)).times(1));
+        script();
         proxy.script(Script::on(method, path, Fault::status(404)).times(1));
         let before = proxy.count(method, path);
         shop.sql(sql).await;
-        settled(&shop, "parts").await;
+        settled(shop, "parts").await;
         assert!(proxy.count(method, path) >= before + 2, "{method}: {:?}", proxy.seen());
         assert!(shop.parked().await.is_empty(), "{:?}", shop.parked().await);
     }
@@ -50,6 +48,15 @@ async fn what_is_answered_404_while_the_probe_fails_is_neither_gone_nor_missing_
     names.sort_by_key(ToString::to_string);
     assert_eq!(names, ["c", "d"], "{:?}", proxy.seen());
     assert_eq!(proxy.count("POST", ""), 2, "nothing is made that was there");
+}
+
+#[tokio::test]
+async fn what_is_answered_404_while_the_probe_fails_is_neither_gone_nor_missing_nor_refused() {
+    let (api, proxy, system) = behind_proxy("breaker.open: 200ms\n").await;
+    let shop = Shop::start("notthere").await;
+    let sink = shop.sink("parts", &system, &deleting());
+    // What a gateway says whose system is not there yet; the probe of a second ago is none of now.
+    met_by_404(&api, &proxy, &shop, || proxy.script(Script::on("GET", "/all", Fault::status(503)).times(1))).await;
     // With the system well, what is gone is gone.
     api.inside.lock().unwrap().items.remove(&9);
     shop.sql("DELETE FROM customers WHERE id = 3").await;
@@ -63,25 +70,8 @@ async fn what_is_answered_404_once_as_a_system_comes_up_is_neither_gone_nor_miss
     let (api, proxy, system) = behind_proxy("").await;
     let shop = Shop::start("comingup").await;
     let sink = shop.sink("parts", &system, &deleting());
-    shop.sql("INSERT INTO customers (id, name) VALUES (1, 'a'), (2, 'b')").await;
-    settled(&shop, "parts").await;
-    api.inside.lock().unwrap().items.insert(9, json!({"id": 9, "code": 3, "name": "there already"}));
-    for (method, path, sql) in [
-        ("DELETE", "/items/", "DELETE FROM customers WHERE id = 1"),
-        ("PUT", "/items/", "UPDATE customers SET name = 'c' WHERE id = 2"),
-        ("GET", "/items?", "INSERT INTO customers (id, name) VALUES (3, 'd')"),
-    ] {
-        // That it was well a second ago says nothing of now; the probe, asked after, finds it well.
-        tokio::time::sleep(Duration::from_millis(1100)).await;
-        proxy.script(Script::on(method, path, Fault::status(404)).times(1));
-        shop.sql(sql).await;
-        settled(&shop, "parts").await;
-        assert!(shop.parked().await.is_empty(), "{:?}", shop.parked().await);
-    }
-    let mut names: Vec<_> = api.items().iter().map(|item| item["name"].clone()).collect();
-    names.sort_by_key(ToString::to_string);
-    assert_eq!(names, ["c", "d"], "{:?}", proxy.seen());
-    assert_eq!(proxy.count("POST", ""), 2, "nothing is made that was there");
+    // That it was well a second ago says nothing of now; the probe, asked after, finds it well.
+    met_by_404(&api, &proxy, &shop, || {}).await;
     sink.stop().await;
     // A delete by another method is none the less one.
     let closes = deleting().replace(
