@@ -16,6 +16,9 @@ pub enum PostgresError {
     Authentication { address: String, reason: String },
     #[error("{0}")]
     Server(Box<ServerError>),
+    /// An exported snapshot is not there any more: it goes with the session that exported it.
+    #[error("the exported snapshot went with its session: {0}")]
+    SnapshotGone(Box<ServerError>),
     /// Bytes that are no message of the protocol.
     #[error("the server sent what the protocol does not allow: {0}")]
     Protocol(String),
@@ -67,7 +70,10 @@ impl PostgresError {
     /// Whether the same may go well later without anybody doing something.
     pub fn is_passing(&self) -> bool {
         match self {
-            PostgresError::Connection { .. } | PostgresError::Timeout { .. } | PostgresError::Protocol(_) => true,
+            PostgresError::Connection { .. }
+            | PostgresError::Timeout { .. }
+            | PostgresError::Protocol(_)
+            | PostgresError::SnapshotGone(_) => true,
             PostgresError::Tls { .. } | PostgresError::Authentication { .. } | PostgresError::Refused(_) => false,
             // 55006: the slot is still in use by our last connection; 55P03: lock not available; 40: rolled back;
             // 08, 53, 57: connections, resources, shutdown. 42 and others want a person.

@@ -32,6 +32,17 @@ pub struct SnapshotReader {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rewritten(pub Vec<String>);
 
+/// What `SET TRANSACTION SNAPSHOT` says of one whose exporter has ended: 22023 up to PostgreSQL 16, 42704 since, and 55000
+/// where it ends just then (`ImportSnapshot` and `ProcArrayInstallImportedXmin` of the server).
+fn gone(error: PostgresError) -> PostgresError {
+    match error {
+        PostgresError::Server(error) if matches!(error.code.as_str(), "22023" | "42704" | "55000") => {
+            PostgresError::SnapshotGone(error)
+        }
+        other => other,
+    }
+}
+
 impl SnapshotReader {
     /// Takes up `snapshot` and locks `tables`. `Err(Rewritten)` inside: begin anew.
     pub async fn open(
@@ -41,7 +52,7 @@ impl SnapshotReader {
     ) -> Result<Result<Self, Rewritten>, PostgresError> {
         lift_transaction_timeout(&mut session).await?;
         session.query("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY", DEADLINE).await?;
-        session.query(&format!("SET TRANSACTION SNAPSHOT {}", literal(snapshot)), DEADLINE).await?;
+        session.query(&format!("SET TRANSACTION SNAPSHOT {}", literal(snapshot)), DEADLINE).await.map_err(gone)?;
         session.query("SET LOCAL lock_timeout = '30s'; SET LOCAL statement_timeout = 0", DEADLINE).await?;
         session.query("SET LOCAL idle_in_transaction_session_timeout = 0", DEADLINE).await?;
         for (_, schema, name) in tables {

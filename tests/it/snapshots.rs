@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use futures::future::join_all;
 use serde_json::Value;
 use tidegate::event::Operation;
 use tidegate::sources::postgres::SnapshotMode;
@@ -225,4 +226,70 @@ async fn always_reads_at_every_start_and_still_streams_what_was_committed_in_bet
     wait_for_equality(&world, &client, "t").await;
     assert_eq!(rows(&client, "t").await.len(), 2);
     capture.stop().await.unwrap();
+}
+
+/// What goes while an opening is held before one of its commands.
+#[derive(Clone, Copy, Debug)]
+enum Cut {
+    Walsenders,
+    Connections,
+    Server,
+}
+
+impl Cut {
+    const ALL: [Cut; 3] = [Cut::Walsenders, Cut::Connections, Cut::Server];
+
+    async fn happen(self, server: &Postgres, database: &str) {
+        let of = match self {
+            Cut::Walsenders => "AND backend_type = 'walsender'",
+            Cut::Connections => "AND usename = 'tidegate'",
+            Cut::Server => {
+                server.kill9().await;
+                return server.start().await;
+            }
+        };
+        let admin = server.try_connect("postgres", "postgres").await.unwrap();
+        let sql =
+            format!("SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = '{database}' {of}");
+        admin.batch_execute(&sql).await.unwrap();
+    }
+}
+
+/// Openings that read rows, each cut before one of its commands: all is there and nobody has to do anything.
+async fn cut_before(version: Version, commands: &[&'static str]) {
+    let server = Postgres::own(version).await;
+    for (words, cut) in commands.iter().flat_map(|words| Cut::ALL.map(|cut| (words, cut))) {
+        let database = server.database("opening").await;
+        database.execute("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t SELECT generate_series(1, 100)").await;
+        let (world, gate) = World::gated(&database, &[r"public\.t"], words).await;
+        let capture = world.start().await;
+        gate.reached().await;
+        cut.happen(&server, &database.name).await;
+        gate.open();
+        capture.streaming().await;
+        let client = database.connect().await;
+        client.batch_execute("INSERT INTO t VALUES (101)").await.unwrap();
+        let changes = world.wait_for_changes("shop.public.t", 101).await;
+        let ids: Vec<i64> = changes.iter().map(|change| change.key["id"].as_i64().unwrap()).collect();
+        assert_eq!(ids, (1..=101).collect::<Vec<_>>(), "each once, {cut:?} cut before {words}");
+        capture.stop().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_opening_that_is_cut_before_any_of_its_commands_is_begun_anew() {
+    const COMMANDS: [&str; 10] = [
+        "pg_try_advisory_lock",
+        "CREATE PUBLICATION",
+        "CREATE_REPLICATION_SLOT",
+        "SET TRANSACTION SNAPSHOT",
+        "LOCK TABLE",
+        "relfilenode",
+        "pg_snapshot_xmax",
+        "COPY (",
+        "pg_advisory_unlock",
+        "START_REPLICATION",
+    ];
+    let servers = Version::ALL.into_iter().flat_map(|version| COMMANDS.chunks(5).map(move |some| (version, some)));
+    join_all(servers.map(|(version, commands)| cut_before(version, commands))).await;
 }

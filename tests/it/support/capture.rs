@@ -64,6 +64,8 @@ pub struct World {
     pub url: String,
     pub settings: CaptureSettings,
     decoder: EventDecoder,
+    /// What the capture started last says of itself, for a wait that ends in vain.
+    last: Mutex<Option<Arc<Status>>>,
     pub folder: tempfile::TempDir,
 }
 
@@ -110,6 +112,7 @@ impl World {
             registry,
             url: database.url(),
             settings,
+            last: Mutex::default(),
             folder,
         }
     }
@@ -136,6 +139,7 @@ impl World {
         let (signal, receiver) = watch::channel(Signal::Run);
         let abort = CancellationToken::new();
         let status = Arc::new(Status::default());
+        *self.last.lock().unwrap() = Some(status.clone());
         let context = ConnectorContext {
             name: "capture".into(),
             log: self.log.clone(),
@@ -218,9 +222,19 @@ impl World {
     pub async fn wait_for_changes(&self, topic: &str, count: usize) -> Vec<Change> {
         eventually(Duration::from_secs(60), &format!("{count} changes in {topic}"), async || {
             let changes = self.changes(topic).await;
-            if changes.len() >= count { Ok(changes) } else { Err(format!("{} changes", changes.len())) }
+            if changes.len() >= count {
+                return Ok(changes);
+            }
+            Err(format!("{} changes; the capture: {}", changes.len(), self.told()))
         })
         .await
+    }
+
+    /// What the capture started last says of itself.
+    fn told(&self) -> String {
+        let last = self.last.lock().unwrap();
+        let Some(status) = &*last else { return "never started".into() };
+        format!("{:?}, {:?}, {:?}, {:?}", status.state(), status.facts(), status.progress(), status.last_error())
     }
 }
 
