@@ -293,3 +293,48 @@ async fn an_opening_that_is_cut_before_any_of_its_commands_is_begun_anew() {
     let servers = Version::ALL.into_iter().flat_map(|version| COMMANDS.chunks(5).map(move |some| (version, some)));
     join_all(servers.map(|(version, commands)| cut_before(version, commands))).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tables_that_come_change_and_go_while_a_capture_opens_stop_it_never() {
+    for version in Version::ALL {
+        let server = Postgres::own(version).await;
+        let database = server.database("storm").await;
+        database.execute("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t SELECT generate_series(1, 100)").await;
+        let storm = async |number: usize| {
+            let client = database.connect().await;
+            for at in 0.. {
+                let sql = format!(
+                    "CREATE TYPE e{number} AS ENUM ('a'); \
+                     CREATE TABLE s{number} (id int PRIMARY KEY, a text, e e{number}); \
+                     INSERT INTO s{number} SELECT i, 'x', 'a' FROM generate_series(1, 20) i; \
+                     ALTER TABLE s{number} ADD b{at} numeric(10, 2); ALTER TABLE s{number} ALTER a TYPE bytea USING a::bytea; \
+                     ALTER TABLE s{number} RENAME b{at} TO c; ALTER TABLE s{number} DROP a; UPDATE s{number} SET c = 1; \
+                     DROP TABLE s{number}; DROP TYPE e{number}"
+                );
+                for part in sql.split(';') {
+                    client.batch_execute(part).await.unwrap();
+                }
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+        };
+        let captures = async {
+            let client = database.connect().await;
+            for round in 0..12 {
+                let mut world = World::new(&database, &[r"public\..*"]);
+                world.settings.slot = format!("{}_{round}", database.name);
+                // Read and begun anew while it is gone on with.
+                for restart in 0..2 {
+                    let capture = world.start_streaming().await;
+                    let sql = format!("INSERT INTO t VALUES ({})", 1000 + 2 * round + restart);
+                    client.batch_execute(&sql).await.unwrap();
+                    wait_for_equality(&world, &client, "t").await;
+                    if restart == 0 { capture.crash().await } else { capture.stop().await.unwrap() }
+                }
+            }
+        };
+        tokio::select! {
+            _ = join_all([storm(1), storm(2)]) => {}
+            () = captures => {}
+        }
+    }
+}
