@@ -131,7 +131,17 @@ async fn a_key_of_any_type_is_the_same_in_the_event_in_the_row_and_in_the_link()
     for (table, ..) in KEYS.iter().chain([&("k_pair", "", ""), &("days", "", "")]) {
         sql.batch_execute(&format!("DELETE FROM {table}")).await.unwrap();
     }
-    eventually(LONG, "all are gone", async || api.items().is_empty()).await;
+    eventually(LONG, "all are gone", async || {
+        let left = api.items();
+        if left.is_empty() {
+            return Ok(());
+        }
+        let links = sql.query("SELECT to_jsonb(l)::text FROM tidegate.links l", &[]).await.unwrap();
+        let links: Vec<String> = links.iter().map(|row| row.get(0)).collect();
+        let parked = workshop.ask(["dead-letters", "list"]).await;
+        Err(format!("{left:?}\n{links:?}\n{parked}\n{}", workshop.told().await))
+    })
+    .await;
     worker.signal("TERM");
     assert_eq!(worker.wait(Duration::from_secs(40)).await, 0, "{}", worker.log_end(30));
 }

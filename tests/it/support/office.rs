@@ -249,7 +249,7 @@ impl Office {
     pub async fn until_delivered(&self, names: &[&str]) {
         eventually(SOON, &format!("the CRM has {names:?}"), async || {
             let seen = self.crm.names();
-            if seen == names { Ok(()) } else { Err(format!("{seen:?}")) }
+            if seen == names { Ok(()) } else { Err(format!("{seen:?}\n{}", self.workshop.told().await)) }
         })
         .await;
     }

@@ -105,6 +105,17 @@ impl Workshop {
         self.get(&format!("/connectors/{name}")).await.1
     }
 
+    /// What its connectors and the log say, for a wait that ends in vain.
+    pub async fn told(&self) -> String {
+        let state = match http().get(self.url("/connectors")).send().await {
+            Ok(response) => response.text().await.unwrap_or_else(|error| error.to_string()),
+            Err(error) => error.to_string(),
+        };
+        let log = std::fs::read_to_string(self.path().join("worker.log")).unwrap_or_else(|error| error.to_string());
+        let lines: Vec<&str> = log.lines().collect();
+        format!("{state}\n{}", lines[lines.len().saturating_sub(40)..].join("\n"))
+    }
+
     pub async fn until_state(&self, name: &str, state: &str) {
         eventually(START, &format!("{name} is {state}"), async || {
             let seen = self.connector_status(name).await;
