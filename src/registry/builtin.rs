@@ -89,7 +89,9 @@ impl From<rusqlite::Error> for BuiltinError {
 impl From<BuiltinError> for RegistryError {
     fn from(error: BuiltinError) -> Self {
         match error {
+            // A file that can't be read now says nothing of a schema.
             BuiltinError::Busy(text) => RegistryError::Unavailable(text),
+            error @ BuiltinError::Storage(_) => RegistryError::Unavailable(error.to_string()),
             BuiltinError::Incompatible { subject, reasons } => {
                 RegistryError::Incompatible { subject, reason: reasons.join("; ") }
             }

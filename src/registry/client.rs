@@ -1,8 +1,9 @@
 //! Client of a schema registry with Confluent's REST API (Confluent's own, Apicurio, Karapace, Redpanda, another
 //! Tidegate).
 //!
-//! What may pass (no connection, a time-out, 429, 5xx) is tried again a few times and then
-//! [`RegistryError::Unavailable`]; everything else is an answer. Ids are cached: they never change their meaning.
+//! What may pass (no connection, a time-out, 429, 5xx, what no registry says but a proxy in its place) is tried again a
+//! few times and then [`RegistryError::Unavailable`], as is a refusal of who we are, which is mended where we do not see
+//! it. Everything else is the registry's word on the schema. Ids are cached: they never change their meaning.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -93,7 +94,7 @@ impl RegistryClient {
             for url in &self.urls {
                 match self.send(method.clone(), url, path, body).await {
                     Ok(answer) if !answer.passes() => return Ok(answer),
-                    Ok(answer) => last = format!("{} answers {}", place(url), answer.said()),
+                    Ok(answer) => last = answer.passing(),
                     Err(error) => last = format!("{}: {}", place(url), chain(&error.without_url())),
                 }
             }
@@ -123,16 +124,21 @@ impl RegistryClient {
             request = request.header("content-type", MEDIA).body(body.to_string());
         }
         let response = request.send().await?;
-        let status = response.status();
+        // Where the answer comes from, after redirects.
+        let (status, from) = (response.status(), place(response.url()));
         let bytes = response.bytes().await?;
         let body = serde_json::from_slice(&bytes)
             .unwrap_or_else(|_| Value::String(String::from_utf8_lossy(&bytes).chars().take(200).collect()));
-        Ok(Answer { status, body })
+        Ok(Answer { status, from, body })
     }
 }
 
+/// Confluent's code for a subject that takes no schema for a while (its mode is READONLY or IMPORT).
+const NOT_NOW: u64 = 42205;
+
 struct Answer {
     status: StatusCode,
+    from: String,
     body: Value,
 }
 
@@ -141,6 +147,29 @@ impl Answer {
     fn passes(&self) -> bool {
         self.status.is_server_error()
             || matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT)
+            || !self.is_a_registrys()
+    }
+
+    /// Is it what a registry says, and not a proxy, a page to log in, or another server at its address?
+    fn is_a_registrys(&self) -> bool {
+        match self.status {
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::CONFLICT => true,
+            status if status.is_success() => self.id().is_some() || self.body.get("schema").is_some(),
+            _ => self.code().is_some(),
+        }
+    }
+
+    fn code(&self) -> Option<u64> {
+        self.body.get("error_code").and_then(Value::as_u64)
+    }
+
+    /// Why it is to be tried again.
+    fn passing(&self) -> String {
+        let said = format!("{} answers {}", self.from, self.said());
+        if self.is_a_registrys() || self.status.is_server_error() {
+            return said;
+        }
+        format!("{said}, which no registry says. hint: 'schema.registry' is the URL that a registry's API begins at")
     }
 
     fn said(&self) -> String {
@@ -156,11 +185,14 @@ impl Answer {
     fn refusal(&self, subject: &str) -> RegistryError {
         match self.status {
             StatusCode::CONFLICT => RegistryError::Incompatible { subject: subject.to_owned(), reason: self.said() },
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => RegistryError::Rejected(format!(
-                "the schema registry refuses us ({}). hint: set username and password, or token, of \
-                 'schema.registry'",
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => RegistryError::Unavailable(format!(
+                "{} refuses us ({}). hint: set username and password, or token, of 'schema.registry', or grant it there",
+                self.from,
                 self.said()
             )),
+            _ if self.code() == Some(NOT_NOW) => {
+                RegistryError::Unavailable(format!("{} answers {}", self.from, self.said()))
+            }
             _ => RegistryError::Rejected(format!("the schema registry answers {} to '{subject}'", self.said())),
         }
     }

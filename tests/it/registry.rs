@@ -11,7 +11,7 @@ use tidegate::event::{
 };
 use tidegate::registry::{BuiltinRegistry, Registry, RegistryAuth, RegistryClient, RegistryError, SchemaId};
 
-use crate::support::{Apicurio, eventually, http};
+use crate::support::{Apicurio, Scripted, Told, eventually, http};
 
 const ROW: &str = r#"{"type":"record","name":"Value","namespace":"shop","fields":[{"name":"id","type":"int"}]}"#;
 const WIDER: &str = r#"{"type":"record","name":"Value","namespace":"shop","fields":[{"name":"id","type":"int"},
@@ -20,7 +20,7 @@ const BREAKING: &str = r#"{"type":"record","name":"Value","namespace":"shop","fi
     {"name":"must","type":"string"}]}"#;
 
 /// Serves a registry until the test ends; the URL.
-async fn serve(registry: &BuiltinRegistry) -> String {
+pub async fn serve(registry: &BuiltinRegistry) -> String {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let routes = tidegate::rest::registry::routes(registry.clone());
@@ -179,10 +179,79 @@ async fn credentials_are_sent_and_never_shown() {
     tokio::spawn(async move { axum::serve(listener, routes).await });
     let client = RegistryClient::new(&format!("http://reader:p%40ss@{address}/base"), RegistryAuth::None).unwrap();
     let error = client.schema(SchemaId(1)).await.unwrap_err();
-    assert!(matches!(error, RegistryError::Rejected(_)), "not to be tried again: {error}");
+    assert!(matches!(&error, RegistryError::Unavailable(text) if text.contains("username")), "{error}");
     assert!(!error.to_string().contains("p@ss") && !error.to_string().contains("p%40ss"), "{error}");
-    // base64 of `reader:p@ss`
+    // base64 of `reader:p@ss`; not sent again at once.
     assert_eq!(*seen.lock().unwrap(), ["Basic cmVhZGVyOnBAc3M="]);
+}
+
+/// What a proxy, a page to log in or a registry in maintenance says passes, or is mended where Tidegate does not see it;
+/// what the registry says of the schema does not.
+#[tokio::test(flavor = "multi_thread")]
+async fn only_what_the_registry_says_of_a_schema_is_the_schemas_fault() {
+    const PAGE: &str = "<html><body>Nothing to see here</body></html>";
+    let passing = [
+        (200, PAGE),
+        (200, "{}"),
+        (200, "[1, 2]"),
+        (400, PAGE),
+        (401, r#"{"error_code":401,"message":"Unauthorized"}"#),
+        (401, PAGE),
+        (403, r#"{"error_code":40301,"message":"User is denied operation Write"}"#),
+        (404, PAGE),
+        (404, ""),
+        (404, r#"{"error":"no route"}"#),
+        (405, PAGE),
+        (408, ""),
+        (422, r#"{"error_code":42205,"message":"Subject s is in read-only mode"}"#),
+        (429, r#"{"error_code":42901,"message":"Too many requests"}"#),
+        (500, r#"{"error_code":50003,"message":"Error while forwarding the request to the primary"}"#),
+        (503, PAGE),
+    ];
+    // Answers by the number that the path begins with; 302 leads from a schema to a page.
+    let server = Scripted::start(move |asked| {
+        let number: usize = asked.path.split('/').nth(1).unwrap_or_default().parse().unwrap_or(usize::MAX);
+        match passing.get(number) {
+            Some((status, body)) => Told::status(*status).body(*body),
+            None if asked.path.starts_with("/login") => Told::status(200).body(PAGE),
+            None => Told::status(302).header("location", "/login"),
+        }
+    })
+    .await;
+    let asked = (0..=passing.len()).map(async |number| {
+        let client = RegistryClient::new(&format!("http://{}/{number}", server.address), RegistryAuth::None).unwrap();
+        let what = passing.get(number).map_or("302".to_owned(), |(status, body)| format!("{status} {body}"));
+        let (registered, read, found) =
+            tokio::join!(client.register("s", ROW), client.schema(SchemaId(7)), client.lookup("s", ROW));
+        for error in [registered.err(), read.err(), found.err()] {
+            let error = error.expect(&what);
+            assert!(
+                matches!(&error, RegistryError::Unavailable(text) if text.contains("127.0.0.1")),
+                "{what}: {error}"
+            );
+        }
+    });
+    futures::future::join_all(asked).await;
+
+    let lasting = [
+        (404, r#"{"error_code":40403,"message":"Schema 7 not found"}"#, "UnknownId"),
+        (
+            422,
+            r#"{"error_code":42201,"message":"Either the input schema or one its references is invalid"}"#,
+            "Rejected",
+        ),
+        (409, r#"{"error_code":409,"message":"Schema being registered is incompatible"}"#, "Incompatible"),
+    ];
+    for (status, body, kind) in lasting {
+        let server = Scripted::start(move |_| Told::status(status).body(body)).await;
+        let client = RegistryClient::new(&format!("http://{}", server.address), RegistryAuth::None).unwrap();
+        let error = match kind {
+            "UnknownId" => client.schema(SchemaId(7)).await.unwrap_err(),
+            _ => client.register("s", ROW).await.unwrap_err(),
+        };
+        assert!(format!("{error:?}").starts_with(kind), "{status} {body}: {error:?}");
+        assert_eq!(server.asked().len(), 1, "it is not asked again");
+    }
 }
 
 /// What a stock client prints of each record: key, value, headers.

@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 use tidegate::avro::split_wire;
+use tidegate::registry::BuiltinRegistry;
 use tidegate::registry::{Registry, RegistryAuth, RegistryClient, SchemaId};
 use tidegate::sources::postgres::OnIncompatible;
 
 use crate::support::capture::World;
-use crate::support::{Database, Postgres, Version, WorkerLog, Workshop, http};
+use crate::support::{Database, Fault, Office, Postgres, Proxy, Script, Version, WorkerLog, Workshop, http};
 
 /// A worker that only keeps the registry.
 fn registry(database: &Database<'_>) -> (Workshop, Arc<dyn Registry>) {
@@ -109,4 +110,48 @@ async fn a_registry_that_hangs_holds_up_no_stop() {
     let capture = world.start().await;
     world.wait_for_changes("shop.public.t", 1).await;
     capture.stop().await.unwrap();
+}
+
+/// What answers in the registry's place, or refuses the password while that is changed, is about no schema and no record.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_registry_answered_for_by_others_pauses_its_connectors_and_parks_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let real = crate::registry::serve(&BuiltinRegistry::open(folder.path()).unwrap()).await;
+    let proxy = Proxy::start(real.trim_start_matches("http://").parse().unwrap()).await;
+    let answers = |status, body: &str| {
+        proxy.clear();
+        proxy.script(Script::any(Fault::Answer { status, headers: Vec::new(), body: body.to_owned() }));
+    };
+    let url = format!("schema.registry: {}", proxy.url());
+    let office = Office::open("answered", WorkerLog::Embedded, &url).await;
+    office.deliver("");
+    answers(404, "<html>no such host here</html>");
+    let worker = office.workshop.start().await;
+    office.until_not_ready(&[&format!("\"{}\"", office.capture), "404", "no such host here", "hint"]).await;
+    answers(401, "");
+    office.until_not_ready(&[&format!("\"{}\"", office.capture), "401", "username"]).await;
+    proxy.clear();
+    office.until_delivered(&["Ada", "Grace"]).await;
+    office.until_ready().await;
+
+    // The sink alone: it has forgotten every schema, and the capture needs none.
+    office.workshop.ask(["connectors", "pause", &office.sink]).await;
+    office.workshop.until_state(&office.sink, "PAUSED").await;
+    office.database.execute("INSERT INTO customers VALUES (3, 'Cid')").await;
+    office.until_captured(3).await;
+    drop(worker);
+    let worker = office.workshop.start().await;
+    office.workshop.ask(["connectors", "pause", &office.capture]).await;
+    office.workshop.until_state(&office.capture, "PAUSED").await;
+    answers(200, "<html>please log in</html>");
+    office.workshop.ask(["connectors", "resume", &office.sink]).await;
+    office.until_not_ready(&[&format!("\"{}\"", office.sink), "please log in"]).await;
+    answers(403, "");
+    office.until_not_ready(&[&format!("\"{}\"", office.sink), "403"]).await;
+    proxy.clear();
+    office.workshop.ask(["connectors", "resume", &office.capture]).await;
+    office.until_delivered(&["Ada", "Cid", "Grace"]).await;
+    let health = office.until_ready().await;
+    assert!(!health.to_string().contains("dead letter"), "{health}");
+    drop(worker);
 }
