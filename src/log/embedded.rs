@@ -254,7 +254,10 @@ fn take_lock(folder: &Path) -> Result<File, LogError> {
         file.rewind()?;
         writeln!(file, "{}", std::process::id())
     };
-    write(&mut file).map_err(failed)?;
+    // Only tells others whose it is: on a full disk the lock holds without.
+    if let Err(error) = write(&mut file) {
+        tracing::warn!("{}: {error}", path.display());
+    }
     Ok(file)
 }
 

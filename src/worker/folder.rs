@@ -142,7 +142,10 @@ pub fn read_text(path: &Path) -> Text {
 
 fn read_texts<'a>(paths: impl Iterator<Item = &'a PathBuf>) -> Files {
     // Gone since it was listed: the folder is looked at again.
-    paths.map(|path| (path.clone(), read_text(path))).filter(|(path, text)| text.is_ok() || path.exists()).collect()
+    paths
+        .map(|path| (path.clone(), read_text(path)))
+        .filter(|(path, text)| text.is_ok() || path.try_exists().unwrap_or(true))
+        .collect()
 }
 
 /// Sizes and times of the connector files: `*.yaml`, `*.yml`, `*.json`, save hidden ones.
@@ -160,7 +163,11 @@ fn stamps(folder: &Path) -> io::Result<Stamps> {
                 let file = (about.dev(), about.ino());
                 stamps.insert(path, Stamp { size: about.len(), modified: about.modified().ok(), file });
             }
-            _ => {}
+            // A link to nothing; or it went since it was listed.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Ok(_) => {}
+            // It is there, and no connector is to end because a disk or a mount does not answer.
+            Err(_) => drop(stamps.insert(path, Stamp { size: 0, modified: None, file: (0, 0) })),
         }
     }
     Ok(stamps)
@@ -169,6 +176,21 @@ fn stamps(folder: &Path) -> io::Result<Stamps> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_file_that_is_not_there_is_gone() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = |name: &str| folder.path().join(name);
+        std::fs::write(place("well.yaml"), "name: well").unwrap();
+        std::fs::create_dir(place("folder.yaml")).unwrap();
+        std::os::unix::fs::symlink("nothing", place("gone.yaml")).unwrap();
+        // What a mount that does not answer does, too: the name is there, and asking for more is an error.
+        std::os::unix::fs::symlink("round.yaml", place("round.yaml")).unwrap();
+        std::os::unix::fs::symlink("well.yaml/none", place("through.yaml")).unwrap();
+        let files = Folder::watch(folder.path()).unwrap().read().unwrap();
+        let seen: Vec<_> = files.iter().map(|(path, text)| (path.clone(), text.is_ok())).collect();
+        assert_eq!(seen, [(place("round.yaml"), false), (place("through.yaml"), false), (place("well.yaml"), true)]);
+    }
 
     #[tokio::test]
     async fn looking_at_the_folder_is_no_news() {

@@ -23,6 +23,7 @@ mod imports;
 mod kafka;
 mod keys;
 mod log_conformance;
+mod log_full;
 mod losses;
 mod mistakes;
 mod operate;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use rusqlite::{Connection, ErrorCode, OpenFlags};
+use rusqlite::{Connection, ErrorCode, OpenFlags, ffi};
 
 use super::{ANSWER_WAIT, not_answered};
 use crate::log::LogError;
@@ -153,16 +153,37 @@ fn opening(file: &Path, error: rusqlite::Error) -> LogError {
 pub(super) enum Fault {
     /// The disk is full: nothing of the transaction is there, and there may be room again later.
     Full,
-    /// Another process holds the database for the moment.
+    /// Another process holds the database for the moment, or the file could not be opened, read or written: nothing of
+    /// the transaction is there, and it may be done again.
     Passing,
-    /// A failed fsync or read, a corrupt file: what is on disk can't be known.
+    /// A failed fsync, a corrupt file: what is on disk can't be known.
     Fatal,
 }
 
 pub(super) fn fault_of(error: &rusqlite::Error) -> Fault {
-    match error.sqlite_error_code() {
-        Some(ErrorCode::DiskFull) => Fault::Full,
-        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => Fault::Passing,
+    let Some(error) = error.sqlite_error() else { return Fault::Fatal };
+    match (error.code, error.extended_code) {
+        // The file beside the WAL grows too.
+        (ErrorCode::DiskFull, _) | (_, ffi::SQLITE_IOERR_SHMSIZE) => Fault::Full,
+        // After a failed fsync the system has forgotten what it did not write.
+        (
+            _,
+            ffi::SQLITE_IOERR_FSYNC
+            | ffi::SQLITE_IOERR_DIR_FSYNC
+            | ffi::SQLITE_IOERR_CORRUPTFS
+            | ffi::SQLITE_IOERR_DATA
+            | ffi::SQLITE_IOERR_SHORT_READ,
+        ) => Fault::Fatal,
+        (
+            ErrorCode::DatabaseBusy
+            | ErrorCode::DatabaseLocked
+            | ErrorCode::CannotOpen
+            | ErrorCode::PermissionDenied
+            | ErrorCode::FileLockingProtocolFailed
+            | ErrorCode::OutOfMemory
+            | ErrorCode::SystemIoFailure,
+            _,
+        ) => Fault::Passing,
         _ => Fault::Fatal,
     }
 }
@@ -227,5 +248,33 @@ impl ReadPool {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Connection>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_leaves_the_disk_in_doubt_is_fatal() {
+        for (code, fault) in [
+            (ffi::SQLITE_FULL, Fault::Full),
+            (ffi::SQLITE_IOERR_SHMSIZE, Fault::Full),
+            (ffi::SQLITE_BUSY, Fault::Passing),
+            // Too many files open, a quota that is used up, a disk that was away.
+            (ffi::SQLITE_CANTOPEN, Fault::Passing),
+            (ffi::SQLITE_IOERR_WRITE, Fault::Passing),
+            (ffi::SQLITE_IOERR_READ, Fault::Passing),
+            (ffi::SQLITE_IOERR_SHMOPEN, Fault::Passing),
+            (ffi::SQLITE_NOMEM, Fault::Passing),
+            (ffi::SQLITE_IOERR_FSYNC, Fault::Fatal),
+            (ffi::SQLITE_IOERR_DIR_FSYNC, Fault::Fatal),
+            (ffi::SQLITE_CORRUPT, Fault::Fatal),
+            (ffi::SQLITE_NOTADB, Fault::Fatal),
+        ] {
+            let error = rusqlite::Error::SqliteFailure(ffi::Error::new(code), None);
+            assert_eq!(fault_of(&error), fault, "{error}");
+        }
+        assert_eq!(fault_of(&rusqlite::Error::QueryReturnedNoRows), Fault::Fatal);
     }
 }
