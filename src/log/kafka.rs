@@ -183,7 +183,7 @@ impl Inside {
         let mut groups = lock(&self.groups);
         if !groups.contains_key(group) {
             let asking = self.settings.asking(Some(group))?.create_with_context(self.told.clone());
-            let asking = Arc::new(asking.map_err(|e| LogError::Invalid(format!("group '{group}': {e}")))?);
+            let asking = Arc::new(asking.map_err(|e| client::no_client("client", &e))?);
             groups.insert(group.to_owned(), KnownGroup { asking, topics: Vec::new() });
         }
         let Some(known) = groups.get_mut(group) else {

@@ -44,7 +44,13 @@ impl Fault {
 impl From<crate::log::LogError> for Fault {
     fn from(error: crate::log::LogError) -> Self {
         let message = error.to_string();
-        if error.is_retriable() { Fault::unavailable(message, None) } else { Fault::stop(message) }
+        match error {
+            // Who writes makes it, and makes it again when somebody has removed it; brokers hear of a new one one after
+            // the other.
+            crate::log::LogError::UnknownTopic(_) => Fault::unavailable(message, None),
+            error if error.is_retriable() => Fault::unavailable(message, None),
+            _ => Fault::stop(message),
+        }
     }
 }
 

@@ -21,6 +21,10 @@ use crate::pipeline::{Batch, Fault, Lag, Source, Status};
 /// by itself some time later.
 const YIELD: Duration = Duration::from_secs(50);
 
+/// How long a member that was made anew waits for its first records, or for why there are none, before it counts as
+/// reading.
+const FIRST_WORD: Duration = Duration::from_secs(4);
+
 /// When a batch is full, whichever comes first.
 #[derive(Clone, Copy, Debug)]
 pub struct Batching {
@@ -203,6 +207,19 @@ impl LogSource {
         }
     }
 
+    /// Joins, and hears whether it may: a member that may not would wait with nothing to read, as one that has read
+    /// everything does.
+    async fn first_word(&mut self) -> Result<(), Fault> {
+        let until = Instant::now() + FIRST_WORD;
+        while self.pending.is_empty() && Instant::now() < until {
+            let wait = until.saturating_duration_since(Instant::now());
+            let limit = PollLimit { bytes: self.batching.byte_size, records: self.batching.count, wait };
+            let polled = self.consumer().await?.poll(&limit).await.map_err(fault)?;
+            self.take(polled);
+        }
+        Ok(())
+    }
+
     fn is_full(&self) -> bool {
         self.pending.len() >= self.batching.count || self.pending_bytes >= self.batching.byte_size
     }
@@ -284,7 +301,10 @@ impl Source for LogSource {
             self.consumer = None;
             self.assigned.clear();
         }
-        self.consumer().await.map(drop)
+        if self.consumer.is_none() {
+            self.first_word().await?;
+        }
+        Ok(())
     }
 
     async fn tick(&mut self, paused: bool) -> Result<(), Fault> {

@@ -370,16 +370,7 @@ async fn a_queue_smaller_than_what_is_on_its_way_only_slows_down() {
 async fn a_secure_broker_takes_us_with_the_right_password_and_topics_get_their_settings() {
     let kafka = Kafka::own_secure().await;
     let mut settings = KafkaSettings::new(&kafka.secure_bootstrap());
-    let root = kafka.root_certificate();
-    for (name, value) in [
-        ("security.protocol", "SASL_SSL"),
-        ("sasl.mechanism", "PLAIN"),
-        ("sasl.username", "tidegate"),
-        ("sasl.password", "tidegate"),
-        ("ssl.ca.location", root.to_str().unwrap()),
-    ] {
-        settings.librdkafka.insert(name.into(), value.into());
-    }
+    settings.librdkafka.extend(kafka.secure_settings());
     let log = KafkaLog::open(settings.clone()).await.unwrap();
     let configured = BTreeMap::from([("cleanup.policy".to_owned(), "compact".to_owned())]);
     log.ensure_topic(&TopicSpec { settings: configured.clone(), replication_factor: Some(1), ..topic("t", 2) })

@@ -1,7 +1,7 @@
 //! What librdkafka's clients tell, and what their errors mean.
 
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rdkafka::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
@@ -11,11 +11,14 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use super::lock;
 use crate::log::LogError;
 
+/// What librdkafka complained of longer ago is over: while it lasts it is said again.
+const LATELY: Duration = Duration::from_secs(60);
+
 /// Takes librdkafka's log lines and errors. librdkafka goes on by itself after nearly all of them, so they are kept
 /// to say why something is away, and logged for those who look closer.
 #[derive(Clone, Default)]
 pub(super) struct Told {
-    last_error: Arc<Mutex<Option<String>>>,
+    last_error: Arc<Mutex<Option<(Instant, String)>>>,
 }
 
 impl Told {
@@ -23,9 +26,10 @@ impl Told {
         Self::default()
     }
 
-    /// What librdkafka complained of last.
+    /// What librdkafka complained of last, where that is not long ago.
     pub fn last_error(&self) -> Option<String> {
-        lock(&self.last_error).clone()
+        let last = lock(&self.last_error).clone();
+        last.filter(|(at, _)| at.elapsed() < LATELY).map(|(_, reason)| reason)
     }
 }
 
@@ -45,7 +49,7 @@ impl ClientContext for Told {
         tracing::debug!(target: "librdkafka", "{error}: {reason}");
         // That all are down is the sum of it; why each of them is says more.
         if error.rdkafka_error_code() != Some(RDKafkaErrorCode::AllBrokersDown) {
-            *lock(&self.last_error) = Some(reason.to_owned());
+            *lock(&self.last_error) = Some((Instant::now(), reason.to_owned()));
         }
     }
 }
@@ -73,20 +77,36 @@ pub(super) fn fault(error: &KafkaError, told: &Told) -> LogError {
         | Code::GroupAuthorizationFailed
         | Code::ClusterAuthorizationFailed
         | Code::TransactionalIdAuthorizationFailed => {
-            LogError::Invalid(format!("Kafka does not allow it: {code}. hint: grant it to this user by an ACL"))
+            // It is granted without a word to us, and brokers hear of it one after the other.
+            LogError::Unavailable(format!("Kafka does not allow it: {code}. hint: grant it to this user by an ACL"))
         }
+        Code::InvalidReplicationFactor => LogError::Unavailable(format!(
+            "Kafka has not as many brokers as the replication factor wants: {code}. hint: start those that are away, or \
+             set a smaller one"
+        )),
         Code::InvalidTopic
         | Code::InvalidPartitions
-        | Code::InvalidReplicationFactor
         | Code::InvalidConfig
         | Code::PolicyViolation
-        | Code::InvalidRecord
-        | Code::UnsupportedVersion => LogError::Invalid(format!("Kafka refuses it: {code}")),
-        Code::FencedInstanceId | Code::ProducerFenced | Code::InvalidProducerEpoch => {
-            LogError::Fenced(format!("another client has taken the place of this one: {code}"))
-        }
+        | Code::InvalidRecord => LogError::Invalid(format!("Kafka refuses it: {code}")),
+        Code::FencedInstanceId => LogError::Fenced(format!("another client has taken the place of this one: {code}")),
+        // Among them what a broker says of a producer that it no longer knows: the next one is another.
         _ => LogError::Unavailable(format!("{error}{why}")),
     }
+}
+
+/// Kafka does not let this user do it: a client says so once, and not again while it lasts.
+pub(super) fn is_denied(error: &KafkaError) -> bool {
+    use RDKafkaErrorCode as Code;
+    matches!(
+        error.rdkafka_error_code(),
+        Some(Code::TopicAuthorizationFailed | Code::GroupAuthorizationFailed | Code::ClusterAuthorizationFailed)
+    )
+}
+
+/// A client can't be made though its settings were looked at: the system has no thread or no file for it just now.
+pub(super) fn no_client(what: &str, error: &dyn std::fmt::Display) -> LogError {
+    LogError::Unavailable(format!("the Kafka {what} can't be made: {error}"))
 }
 
 /// Runs what blocks on a thread for it. The deadline is for whoever waits: the work itself has its own.

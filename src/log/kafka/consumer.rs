@@ -27,7 +27,7 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::types::RDKafkaRespErr;
 use tokio::sync::oneshot;
 
-use super::client::{Told, fault};
+use super::client::{Told, fault, is_denied, no_client};
 use super::gather::Gatherer;
 use super::{ANSWER_WAIT, Inside, list_of, lock, offsets_of};
 use crate::event::{Offset, TopicPartition};
@@ -44,7 +44,7 @@ pub(super) fn join(inside: Arc<Inside>, group: &str, topics: &[String]) -> Resul
     let member = Member { told: inside.told.clone(), changes: Mutex::default(), closing: AtomicBool::new(false) };
     let invalid = |e: KafkaError| LogError::Invalid(format!("group '{group}': {e}"));
     let consumer: BaseConsumer<Member> =
-        inside.settings.consumer(group)?.create_with_context(member).map_err(invalid)?;
+        inside.settings.consumer(group)?.create_with_context(member).map_err(|e| no_client("consumer", &e))?;
     let names: Vec<&str> = topics.iter().map(String::as_str).collect();
     consumer.subscribe(&names).map_err(invalid)?;
     let (requests, received) = channel();
@@ -63,13 +63,14 @@ pub(super) fn join(inside: Arc<Inside>, group: &str, topics: &[String]) -> Resul
         to_assign: None,
         revoking: None,
         out_of_range: None,
+        denied: None,
         paused: false,
         resting: false,
     };
     let thread = std::thread::Builder::new()
         .name("kafka-consumer".into())
         .spawn(move || actor.run())
-        .map_err(|e| LogError::Fatal(format!("cannot start a consumer's thread: {e}")))?;
+        .map_err(|e| no_client("consumer's thread", &e))?;
     Ok(Box::new(Consumer { requests: Some(requests), thread: Some(thread), slot }))
 }
 
@@ -211,6 +212,8 @@ struct Actor {
     revoking: Option<Revoking>,
     /// Said again until the consumer is rewound: librdkafka says it once.
     out_of_range: Option<LogError>,
+    /// librdkafka says this once too, and a rewound consumer would wait in silence: a new one is told again.
+    denied: Option<LogError>,
     paused: bool,
     /// Paused because nobody asks.
     resting: bool,
@@ -342,7 +345,13 @@ impl Actor {
                 tracing::debug!(group = self.group, "{error}");
                 None
             }
-            _ => Some(self.fault(error)),
+            _ => {
+                let said = self.fault(error);
+                if is_denied(error) {
+                    self.denied = Some(said.clone());
+                }
+                Some(said)
+            }
         }
     }
 
@@ -504,7 +513,11 @@ impl Actor {
         Ok(())
     }
 
+    /// Errors: also that this consumer was not allowed to read; another may be.
     fn rewind(&mut self) -> Result<(), LogError> {
+        if let Some(denied) = &self.denied {
+            return Err(denied.clone());
+        }
         self.held.clear();
         let _ = self.gatherer.take();
         let give_up = Instant::now() + ANSWER_WAIT;

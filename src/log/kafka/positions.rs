@@ -9,7 +9,7 @@ use rdkafka::Message as _;
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::error::KafkaError;
 
-use super::client::{Told, blocking, fault};
+use super::client::{Told, blocking, fault, no_client};
 use super::{ANSWER_WAIT, Inside, list_of, places_of};
 use crate::log::{Log as _, LogError, StartAt, TopicSpec};
 
@@ -39,7 +39,7 @@ pub(super) async fn read(inside: &std::sync::Arc<Inside>, source: &str) -> Resul
     let told = inside.told.clone();
     blocking(READ_WAIT + ANSWER_WAIT, move || {
         let consumer: BaseConsumer<Told> =
-            config.create_with_context(told.clone()).map_err(|e| LogError::Invalid(e.to_string()))?;
+            config.create_with_context(told.clone()).map_err(|e| no_client("reader", &e))?;
         let list = list_of(places.iter().map(|place| (place, rdkafka::Offset::Beginning)))?;
         consumer.assign(&list).map_err(|e| fault(&e, &told))?;
         let mut position = None;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
-use super::client::Told;
+use super::client::{Told, no_client};
 use super::feeder::Feeder;
 use super::native::Native;
 use super::{Inside, lock};
@@ -110,8 +110,7 @@ impl Producing {
             progress_ms: AtomicU64::new(0),
             failed: OnceLock::new(),
         });
-        let native = Native::new(&settings.producer()?, told)
-            .map_err(|e| LogError::Invalid(format!("the Kafka producer can't be made: {e}")))?;
+        let native = Native::new(&settings.producer()?, told).map_err(|e| no_client("producer", &e))?;
         let (inbox, received) = channel();
         let feeder = Feeder::new(
             source.as_bytes(),
@@ -126,7 +125,7 @@ impl Producing {
         let thread = std::thread::Builder::new()
             .name("kafka-producer".into())
             .spawn(move || feeder.run())
-            .map_err(|e| LogError::Fatal(format!("cannot start a producer's thread: {e}")))?;
+            .map_err(|e| no_client("producer's thread", &e))?;
         let units = (settings.in_flight_bytes / UNIT).clamp(1, u32::MAX as usize >> 4);
         Ok(Producing {
             source: source.to_owned(),

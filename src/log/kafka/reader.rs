@@ -15,7 +15,7 @@ use rdkafka::Message as _;
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 
-use super::client::{Told, blocking, fault};
+use super::client::{Told, blocking, fault, no_client};
 use super::gather::Gatherer;
 use super::{ANSWER_WAIT, Inside, list_of, lock};
 use crate::event::{Offset, TopicPartition};
@@ -44,11 +44,8 @@ pub(super) fn open(
     until: Option<BTreeMap<TopicPartition, Offset>>,
 ) -> Result<Box<dyn LogReader>, LogError> {
     let told = inside.told.clone();
-    let consumer: BaseConsumer<Told> = inside
-        .settings
-        .reader()?
-        .create_with_context(told.clone())
-        .map_err(|e| LogError::Invalid(format!("the Kafka reader can't be made: {e}")))?;
+    let consumer: BaseConsumer<Told> =
+        inside.settings.reader()?.create_with_context(told.clone()).map_err(|e| no_client("reader", &e))?;
     if let Some(until) = &until {
         from.retain(|place, offset| until.get(place).is_some_and(|end| *offset < *end));
     }

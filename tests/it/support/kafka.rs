@@ -21,6 +21,7 @@ pub struct Kafka {
 }
 
 static SHARED: OnceCell<Kafka> = OnceCell::const_new();
+static GUARDED: OnceCell<Kafka> = OnceCell::const_new();
 
 impl Kafka {
     /// The broker that all tests of this process share: use topic and group names of your own.
@@ -30,16 +31,46 @@ impl Kafka {
 
     /// A broker of one's own, for tests that stop or kill it.
     pub async fn own() -> Kafka {
-        Kafka::create(false).await
+        Kafka::create(false, "").await
+    }
+
+    /// One as [`Kafka::own_secure`] has it, shared, where everybody who comes over the secure listener may do only what
+    /// [`Kafka::allow`] says (for one test alone), and where no topic is made by somebody's asking for it.
+    pub async fn guarded() -> &'static Kafka {
+        GUARDED.get_or_init(Kafka::make_guarded).await
+    }
+
+    async fn make_guarded() -> Kafka {
+        let authorizer = "org.apache.kafka.metadata.authorizer.StandardAuthorizer";
+        let guarded = format!(
+            "authorizer.class.name={authorizer}\nsuper.users=User:ANONYMOUS\nauto.create.topics.enable=false\n"
+        );
+        Kafka::create(true, &guarded).await
+    }
+
+    /// Lets `tidegate` do this with every topic or group (`TOPIC READ`), or takes that back.
+    pub async fn allow(&self, what: &str, allowed: bool) {
+        const PROGRAM: &str = r#"
+import sys
+from confluent_kafka.admin import *
+bootstrap, kind, operation, allowed = sys.argv[1:5]
+admin = AdminClient({"bootstrap.servers": bootstrap})
+parts = (ResourceType[kind], "*", ResourcePatternType.LITERAL, "User:tidegate", "*", AclOperation[operation], AclPermissionType.ALLOW)
+done = admin.create_acls([AclBinding(*parts)]) if allowed == "true" else admin.delete_acls([AclBindingFilter(*parts)])
+for future in done.values():
+    future.result()
+"#;
+        let (kind, operation) = what.split_once(' ').expect("a kind and an operation");
+        super::python(PROGRAM, &[&self.bootstrap(), kind, operation, &allowed.to_string()]).await;
     }
 
     /// A broker of one's own with, beside the plain listener, one that wants TLS and SASL PLAIN (user and password
     /// `tidegate`): [`Kafka::secure_bootstrap`], [`Kafka::root_certificate`].
     pub async fn own_secure() -> Kafka {
-        Kafka::create(true).await
+        Kafka::create(true, "").await
     }
 
-    async fn create(secure: bool) -> Kafka {
+    async fn create(secure: bool, settings: &str) -> Kafka {
         tokio::task::spawn_blocking(|| install("install-kafka.sh", &[])).await.expect("installed");
         let folder = Folder::new("kafka");
         let port = free_port();
@@ -70,7 +101,7 @@ impl Kafka {
              share.coordinator.state.topic.replication.factor=1\nshare.coordinator.state.topic.min.isr=1\n\
              group.initial.rebalance.delay.ms=0\nnum.network.threads=2\nnum.io.threads=4\nbackground.threads=2\n\
              num.recovery.threads.per.data.dir=2\nlog.cleaner.dedupe.buffer.size=4194304\n\
-             log.cleaner.io.buffer.size=65536\nbroker.session.timeout.ms=3000\nbroker.heartbeat.interval.ms=500\n{more}"
+             log.cleaner.io.buffer.size=65536\nbroker.session.timeout.ms=3000\nbroker.heartbeat.interval.ms=500\n{more}{settings}"
         );
         let log4j = "status=error\nappender.o.type=Console\nappender.o.name=o\nappender.o.layout.type=PatternLayout\n\
              appender.o.layout.pattern=[%d] %p %m (%c)%n\nrootLogger.level=info\nrootLogger.appenderRef.o.ref=o\n";
@@ -105,7 +136,7 @@ impl Kafka {
             .dir(dir)
             .log(&log)
             .start();
-        eventually(Duration::from_secs(60), "Kafka serves", async || {
+        eventually(Duration::from_secs(150), "Kafka serves", async || {
             if let Some(code) = process.exited() {
                 panic!("Kafka ended with {code}:\n{}", process.log_end(30));
             }
@@ -146,6 +177,19 @@ impl Kafka {
     pub fn secure_bootstrap(&self) -> String {
         assert!(self.secure, "made with Kafka::own_secure");
         format!("127.0.0.1:{}", self.port + 2)
+    }
+
+    /// librdkafka's settings for that listener.
+    pub fn secure_settings(&self) -> [(String, String); 5] {
+        let root = self.root_certificate().display().to_string();
+        [
+            ("security.protocol", "SASL_SSL"),
+            ("sasl.mechanism", "PLAIN"),
+            ("sasl.username", "tidegate"),
+            ("sasl.password", "tidegate"),
+            ("ssl.ca.location", &root),
+        ]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
     }
 
     /// For `ssl.ca.location`.

@@ -67,6 +67,10 @@ impl Crm {
         self.inside.lock().unwrap()
     }
 
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
     pub fn set(&self, mood: Mood) {
         self.lock().mood = mood;
     }
