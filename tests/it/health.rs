@@ -159,7 +159,8 @@ async fn an_idle_capture_lags_by_nothing_while_others_write_wal() {
         let seen = office.workshop.connector_status(&office.capture).await;
         if seen["facts"]["stage"] == "streaming" {
             most = most.max(seen["lag_bytes"].as_u64().unwrap_or(0));
-            assert_eq!(seen["lag_seconds"].as_f64().unwrap_or(0.0), 0.0, "{seen}");
+            // It may be told in the very moment in which the stream opens.
+            assert!(seen["lag_seconds"].as_f64().unwrap_or(0.0) < 0.01, "{seen}");
         }
         tokio::time::sleep(Duration::from_millis(250)).await;
     }
