@@ -119,6 +119,11 @@ fn moved(name: &str, value: &Value, side: &Incoming<'_>) -> Moved {
     if let Some(answered) = sent.and_then(|sent| sent.answered.as_ref()) {
         return than(answered);
     }
+    // What was sent since the record was last seen, and is there: only the row has changed again. Not the record's
+    // change, however many times both have moved, and no policy is asked.
+    if side.row_base.and_then(|base| base.get(name)).is_some_and(|agreed| same(agreed, value)) {
+        return Moved::No;
+    }
     match side.incoming_base.and_then(|base| base.get(name)).map_or(Moved::Yes, than) {
         Moved::No => {}
         moved => return moved,
@@ -222,6 +227,16 @@ mod tests {
                 again: vec![]
             }
         );
+    }
+
+    #[test]
+    fn a_record_that_says_what_was_sent_has_not_changed_whatever_the_policy() {
+        let nothing = Write::Row { columns: Map::new(), agreed: Map::new(), again: vec![] };
+        for policy in [Conflict::Hold, Conflict::Upstream, Conflict::Datastore, Conflict::Merge, Conflict::Newest] {
+            // Last seen as 1, sent 2, then the row became 3.
+            let write = decided(policy, json!({"a": 2}), json!({"a": 1}), json!({"a": 3}), json!({"a": 2}));
+            assert_eq!(write, nothing, "{policy:?}");
+        }
     }
 
     /// Agreed on 1, then 2 was sent; the record says 1 again.

@@ -198,6 +198,64 @@ async fn what_is_put_back_in_the_erp_before_the_next_pull_comes_back() {
     }
 }
 
+/// The pull sees late what the sink has sent, when the row has changed again: it is no change of the system's.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_that_changes_again_before_the_pull_has_seen_what_was_sent_keeps_its_change() {
+    for conflict in ["hold", "upstream", "datastore", "merge"] {
+        let (api, _proxy, system) = crate::references::behind_proxy("").await;
+        let shop = Shop::start("late").await;
+        let down = r#"
+name: down
+type: http-sink
+system: api
+object: part
+topics: shop.public.customers
+settle: 200ms
+map: '{ name: .after.name }'
+create: POST /items
+update: "PUT /items/{{ $link.id }}"
+"#;
+        let owner = if conflict == "merge" { "owner: { name: upstream }" } else { "" };
+        let up = format!(
+            "name: up\ntype: http-pull\nsystem: api\nobject: part\nevery: 100ms\nrequest: GET /items\n\
+             into: public.customers\ninsert: false\nconflict: {conflict}\nheld.retry: 100ms\nmap: '{{ name }}'\n{owner}\n"
+        );
+        let two_runs = async |pull: &crate::support::shop::Sink| {
+            let runs = || pull.status.facts().get("runs").and_then(serde_json::Value::as_u64).unwrap_or(0);
+            let before = runs();
+            eventually(Duration::from_secs(60), "two runs", async || runs() > before + 1).await;
+        };
+        let sink = shop.connector(&system, down);
+        shop.sql("INSERT INTO customers (id, name) VALUES (1, 'first')").await;
+        settled(&shop, "down").await;
+        let pull = shop.connector(&system, &up);
+        two_runs(&pull).await;
+        pull.stop().await;
+
+        shop.sql("UPDATE customers SET name = 'second'").await;
+        settled(&shop, "down").await;
+        sink.stop().await;
+        assert_eq!(api.items()[0]["name"], "second");
+        shop.sql("UPDATE customers SET name = 'third'").await;
+        let pull = shop.connector(&system, &up);
+        two_runs(&pull).await;
+        let sql = shop.database.connect().await;
+        let row = async || sql.query_one("SELECT name FROM customers", &[]).await.unwrap().get::<_, String>(0);
+        assert_eq!(row().await, "third", "{conflict}");
+        assert!(sql.query("SELECT reason FROM tidegate.held", &[]).await.unwrap().is_empty(), "{conflict}");
+        let sink = shop.connector(&system, down);
+        eventually(Duration::from_secs(60), "delivered", async || {
+            let seen = api.items()[0]["name"].clone();
+            if seen == "third" { Ok(()) } else { Err(format!("{conflict}: {seen}")) }
+        })
+        .await;
+        two_runs(&pull).await;
+        assert_eq!(row().await, "third", "{conflict}");
+        pull.stop().await;
+        sink.stop().await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fast_edits_in_turn_are_no_fight_and_rules_that_undo_each_other_are_one() {
     let (api, proxy, system) = crate::references::behind_proxy("").await;
