@@ -4,13 +4,14 @@
 //! closes (the value is dropped, the process exits, panics or is killed), the shell ends the server by its id. A signal
 //! to the server is a line written into the same pipe, so no id is ever used after the process is gone.
 
+use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -254,9 +255,14 @@ pub fn tidegate_launch<A: AsRef<OsStr>>(args: impl IntoIterator<Item = A>) -> La
 /// A free port of 127.0.0.1 for a server that may be stopped and started again on it: below the range that the system
 /// takes for outgoing connections, so that none of those sits on it meanwhile.
 pub fn free_port() -> u16 {
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    let mut given = GIVEN.lock().unwrap_or_else(PoisonError::into_inner);
     loop {
         let port = rand::random_range(25_600..32_700);
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() && TcpListener::bind(("127.0.0.1", port + 1)).is_ok() {
+        let three = [port, port + 1, port + 2];
+        // A server binds its ports seconds after it was given them.
+        if three.iter().all(|port| !given.contains(port) && TcpListener::bind(("127.0.0.1", *port)).is_ok()) {
+            given.extend(three);
             return port;
         }
     }
