@@ -104,6 +104,9 @@ fn text(report: &StatusReport) -> String {
         if let Some(progress) = &connector.progress {
             text.push_str(&format!("\n{}: {progress}\n", connector.name));
         }
+        for told in connector.quarantined() {
+            text.push_str(&format!("\n{}: {told}\n", connector.name));
+        }
         if let Some(error) = &connector.last_error {
             text.push_str(&format!(
                 "\n{}, at {}:\n  {}\n",

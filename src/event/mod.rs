@@ -12,7 +12,7 @@ mod table;
 pub use batch::{HeaderSet, RecordBatch, RecordBuilder, RecordRef, TopicSlot};
 pub use captured::{CapturedBatch, Spares, StoredPosition};
 pub use change::{Change, Operation, Origin};
-pub use position::{CapturePosition, Lsn, LsnParseError, Offset, Oid, SnapshotProgress, TopicPartition};
+pub use position::{CapturePosition, Lsn, LsnParseError, Offset, Oid, Quarantine, SnapshotProgress, TopicPartition};
 pub use table::{Cell, Column, ColumnType, ReplicaIdentity, SharedTable, Table, TypeKind};
 
 /// Prefix of the transactional logical message that tags a transaction with its origin. Its content is

@@ -124,6 +124,21 @@ pub struct CapturePosition {
     /// this LSN is in those rows.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub read_at: BTreeMap<String, Lsn>,
+    /// Tables (`schema.table`) that can't be written: their changes are passed over until they are read anew.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub quarantined: BTreeMap<String, Quarantine>,
+}
+
+/// Why and since when nothing of a table is written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Quarantine {
+    /// The first change that is not in the log; of a snapshot, the point that its rows are dated with.
+    pub since: Lsn,
+    /// What could not be written, and what to do about it.
+    pub reason: String,
+    /// Fingerprint of the settings and the version that it could not be written with.
+    #[serde(default)]
+    pub tried_with: u32,
 }
 
 /// How far an initial snapshot is.

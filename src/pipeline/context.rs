@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use parking::Mutex;
@@ -43,11 +43,22 @@ pub struct Control {
     signal: watch::Receiver<Signal>,
     /// Cancelled when draining has taken too long: drop everything at once.
     pub abort: CancellationToken,
+    restarted: Arc<AtomicBool>,
 }
 
 impl Control {
     pub fn new(signal: watch::Receiver<Signal>, abort: CancellationToken) -> Self {
-        Control { signal, abort }
+        Control { signal, abort, restarted: Arc::default() }
+    }
+
+    /// `restarted`: set when a person restarts the connector, or its settings change.
+    pub fn with_restarts(self, restarted: Arc<AtomicBool>) -> Self {
+        Control { restarted, ..self }
+    }
+
+    /// Whether this start was asked for by a person, or by other settings; true once.
+    pub fn take_restarted(&self) -> bool {
+        self.restarted.swap(false, Ordering::Relaxed)
     }
 
     pub fn signal(&self) -> Signal {

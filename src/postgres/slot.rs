@@ -231,6 +231,7 @@ mod tests {
             fingerprint: 0,
             snapshot: None,
             read_at: Default::default(),
+            quarantined: Default::default(),
         }
     }
 

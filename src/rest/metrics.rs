@@ -31,6 +31,7 @@ pub const METRICS: &[(Kind, &str, &str)] = &[
         "tidegate_capture_last_commit_seconds",
         "When the last commit that is durable in the log was made, since 1970",
     ),
+    (Gauge, "tidegate_capture_quarantined", "1 for a table that can't be written and is left out"),
     (Gauge, "tidegate_replication_lag_bytes", "WAL between what is durable in the log and the server's end"),
     (Gauge, "tidegate_replication_lag_seconds", "Age of the oldest commit that is not durable in the log"),
     (Gauge, "tidegate_slot_wal_kept_bytes", "WAL that the server keeps for the slot"),

@@ -5,7 +5,7 @@
 
 use std::any::Any;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
@@ -59,7 +59,17 @@ impl Keeper {
         let status = Arc::new(Status::default());
         let waiting = Arc::new(AtomicUsize::new(0));
         let inbox = Inbox { commands: inbox, waiting: waiting.clone() };
-        let keep = Keep { name, connector, resources, status: status.clone(), inbox, paused, drain, attempts: 0 };
+        let keep = Keep {
+            name,
+            connector,
+            resources,
+            status: status.clone(),
+            inbox,
+            paused,
+            drain,
+            attempts: 0,
+            restarted: Arc::default(),
+        };
         Keeper { commands, waiting, status, task: tokio::spawn(keep.run()) }
     }
 
@@ -136,6 +146,8 @@ struct Keep {
     drain: Duration,
     /// Starts that ended in a passing fault, since the connector last ran for a while.
     attempts: u32,
+    /// The next start is one that a person, or other settings, asked for.
+    restarted: Arc<AtomicBool>,
 }
 
 /// What follows after a run, or after a command.
@@ -172,7 +184,7 @@ impl Keep {
     fn launch(&self) -> Running {
         let (signal, seen) = watch::channel(if self.paused { Signal::Pause } else { Signal::Run });
         let abort = CancellationToken::new();
-        let control = Control::new(seen, abort.clone());
+        let control = Control::new(seen, abort.clone()).with_restarts(self.restarted.clone());
         let context = self.resources.context(self.name.clone(), control, self.status.clone());
         let connector = self.connector.clone();
         let task = tokio::spawn(async move { connector.run(context).await });
@@ -245,6 +257,7 @@ impl Keep {
                 if let Some(connector) = connector {
                     self.connector = connector;
                 }
+                self.restarted.store(true, Ordering::Relaxed);
                 Next::Start
             }
             Command::Reset(to, connector, reply) => {

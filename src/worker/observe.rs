@@ -9,7 +9,7 @@ use metrics::gauge;
 
 use super::kinds::{self, Identity};
 use super::questions::Question;
-use super::report::{LossReport, SystemReport, Trouble, state_name};
+use super::report::{LossReport, SystemReport, Trouble, in_quarantine, state_name};
 use super::resources::Resources;
 use super::settings::WorkerSettings;
 use crate::event::TopicPartition;
@@ -86,6 +86,8 @@ struct Inside {
     losses: Vec<LossReport>,
     /// Connector, group and partition whose lag the metrics show.
     measured: BTreeSet<(String, String, TopicPartition)>,
+    /// Connector and table that the metrics show in quarantine.
+    quarantined: BTreeSet<(String, String)>,
     /// By connector, with the slot's name.
     slots: BTreeMap<String, (String, Slot)>,
     progress_told: Option<Instant>,
@@ -287,6 +289,13 @@ impl Observer {
                     tracing::info!(connector = name, "{progress}");
                 }
             }
+        }
+        let all = connectors.iter().flat_map(|watched| in_quarantine(&watched.name, &watched.status)).collect();
+        let before = std::mem::replace(&mut inside.quarantined, all);
+        for (connector, table) in before.union(&inside.quarantined) {
+            let is_there = inside.quarantined.contains(&(connector.clone(), table.clone()));
+            gauge!("tidegate_capture_quarantined", "connector" => connector.clone(), "table" => table.clone())
+                .set(f64::from(u8::from(is_there)));
         }
         inside.systems = settings.systems.iter().map(|(name, system)| look_at_system(name, system)).collect();
         drop(inside);

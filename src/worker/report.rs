@@ -12,11 +12,13 @@ use super::observe::Observer;
 use super::resources::Resources;
 use super::roster::Roster;
 use crate::log::Loss;
-use crate::pipeline::ConnectorState;
 use crate::pipeline::progress::seconds;
+use crate::pipeline::{ConnectorState, Status};
 
 /// A connector may take this long to start before health calls it stuck.
 const STARTING: f64 = 60.0;
+/// The fact that a capture tells of tables it leaves out.
+const QUARANTINED: &str = "quarantined";
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct StatusReport {
@@ -90,6 +92,23 @@ pub struct ConnectorReport {
     pub last_error: Option<LastError>,
     /// What this kind of connector has to say: slot, cursor, breaker …
     pub facts: BTreeMap<String, Value>,
+}
+
+impl ConnectorReport {
+    /// Tables that a capture leaves out, a sentence each: it runs, and all is not well.
+    pub fn quarantined(&self) -> impl Iterator<Item = String> {
+        self.facts.get(QUARANTINED).and_then(Value::as_array).into_iter().flatten().map(|of| {
+            let text = |field: &str| of.get(field).and_then(Value::as_str).unwrap_or_default();
+            format!(
+                "{} is in quarantine since {}, the other tables go on: {}. hint: when it is put right, 'tidegate \
+                 connectors restart {}' reads it anew",
+                text("table"),
+                text("since"),
+                text("reason"),
+                self.name
+            )
+        })
+    }
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -221,6 +240,7 @@ fn health(report: &StatusReport) -> Health {
     let mut troubles = Vec::new();
     for connector in &report.connectors {
         troubles.extend(stuck(connector).map(|message| Trouble { what: connector.name.clone(), message }));
+        troubles.extend(connector.quarantined().map(|message| Trouble { what: connector.name.clone(), message }));
     }
     troubles.extend(report.problems.iter().cloned());
     let mut warnings = Vec::new();
@@ -284,6 +304,13 @@ fn stuck(connector: &ConnectorReport) -> Option<String> {
     let stuck = connector.stuck_seconds?;
     let events = connector.lag_events.unwrap_or_default();
     Some(format!("stuck: {events} records are to be read, and none has moved for {}", seconds(stuck)))
+}
+
+/// Connector and table of every table in quarantine.
+pub(super) fn in_quarantine(connector: &str, status: &Status) -> Vec<(String, String)> {
+    let facts = status.facts();
+    let all = facts.get(QUARANTINED).and_then(Value::as_array).into_iter().flatten();
+    all.filter_map(|of| Some((connector.to_owned(), of.get("table")?.as_str()?.to_owned()))).collect()
 }
 
 pub(super) fn state_name(state: ConnectorState) -> &'static str {

@@ -32,6 +32,7 @@ mod options;
 mod pull;
 #[cfg(feature = "kafka")]
 mod pull_workers;
+mod quarantine;
 mod references;
 mod registry;
 mod registry_away;

@@ -71,7 +71,7 @@ async fn a_schema_that_the_registry_refuses_stops_the_capture_by_name_or_gets_an
             )
             .await;
         let capture = match incompatible {
-            OnIncompatible::NewSubject => capture,
+            OnIncompatible::NewSubject | OnIncompatible::Quarantine => capture,
             OnIncompatible::Stop => {
                 let fault = capture.ended().await.unwrap_err().message;
                 let told = ["shop.public.t-value", "public.t", "keeps", "of WAL", "max_slot_wal_keep_size", "hint"];

@@ -34,8 +34,8 @@ const FOREIGN: &[(&str, &[&str], &str)] = &[
     ("poll.interval.ms", &[], "nothing is polled: what is committed is sent by the server"),
     (
         "event.processing.failure.handling.mode",
-        &["fail"],
-        "what can't be encoded stops the capture; column.exclude.list leaves it out",
+        &[],
+        "a table that can't be encoded is left out by itself, and told; column.exclude.list leaves out a column",
     ),
     ("datatype.propagate.source.type", &[], "schemas carry no types of the source"),
     ("time.zone", &[], "times are in UTC"),

@@ -19,7 +19,9 @@
 mod debezium;
 mod envelope;
 mod opening;
+mod page;
 mod plan;
+mod quarantine;
 mod reading;
 mod relations;
 mod schemas;
@@ -30,6 +32,7 @@ mod wanted;
 mod watch;
 mod writer;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -37,7 +40,7 @@ use async_trait::async_trait;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use crate::event::{CapturePosition, CapturedBatch, Lsn, StoredPosition};
+use crate::event::{CapturePosition, CapturedBatch, Lsn, Quarantine, StoredPosition};
 use crate::log::Log;
 use crate::pipeline::{Batch, ConnectorState, Fault, Lag, Source, Status};
 use crate::postgres::Address;
@@ -116,6 +119,10 @@ pub struct PostgresSource {
     adopt: bool,
     /// The server could not go on, for want of the publication.
     unpublished: bool,
+    /// A person asked for tables in quarantine to be read anew.
+    release: bool,
+    /// What was last told of quarantines.
+    told: BTreeMap<String, Quarantine>,
     nullable: Nullable,
     watch: watch::Watch,
 }
@@ -165,9 +172,17 @@ impl PostgresSource {
             unasked: None,
             adopt: false,
             unpublished: false,
+            release: false,
+            told: BTreeMap::new(),
             nullable: Nullable::new(),
             watch,
         }
+    }
+
+    /// Reads tables in quarantine anew when it begins, where `release` is true.
+    pub fn releasing(mut self, release: bool) -> Self {
+        self.release = release;
+        self
     }
 
     fn drop_stage(&mut self) {
@@ -185,8 +200,16 @@ impl PostgresSource {
         self.writer.get_or_insert_with(|| Writer::new(settings.clone(), context, position.clone()))
     }
 
+    fn tell_quarantine(&mut self, of: &BTreeMap<String, Quarantine>) {
+        if self.told != *of {
+            quarantine::tell(&self.name, &self.status, &self.told, of);
+            self.told.clone_from(of);
+        }
+    }
+
     /// Hands on what is written, with the position it brings the log to.
     fn hand_on(&mut self, position: CapturePosition) -> Batch<CapturedBatch, Mark> {
+        self.tell_quarantine(&position.quarantined);
         let (records, events) = self.writer.as_mut().map(Writer::take).unwrap_or_default();
         let own = self.schemas.handed_on();
         self.batches_handed += 1;
@@ -210,6 +233,9 @@ impl PostgresSource {
         if self.durable.is_none() {
             self.durable = self.stored.get();
         }
+        if let Some(quarantined) = self.durable.as_ref().map(|durable| durable.quarantined.clone()) {
+            self.tell_quarantine(&quarantined);
+        }
         let opening = Opening {
             log: self.resolver.log.clone(),
             settings: self.settings.clone(),
@@ -221,6 +247,7 @@ impl PostgresSource {
             first: self.first,
             adopt: self.adopt,
             unpublished: self.unpublished,
+            release: self.release,
         };
         let (log, load) = (self.resolver.log.clone(), !self.schemas.is_loaded());
         Stage::Opening(tokio::spawn(async move {
@@ -236,8 +263,11 @@ impl PostgresSource {
         self.first = false;
         self.adopt = false;
         self.unpublished = false;
+        if matches!(opened, Opened::Release(_) | Opened::Stream(_)) {
+            self.release = false;
+        }
         match opened {
-            Opened::Store(position) => {
+            Opened::Store(position) | Opened::Release(position) => {
                 self.stage = Stage::Storing;
                 if let Some(writer) = &mut self.writer {
                     writer.reset((*position).clone());

@@ -31,6 +31,7 @@ use crate::postgres::replication::{self, Acknowledged, Chunks, CreatedSlot, Slot
 use crate::postgres::snapshot::{Rewritten, SnapshotReader};
 use crate::postgres::{Address, PostgresError, Purpose, Session, publication, slot};
 
+use super::quarantine;
 use super::reading::{SnapshotFeed, SnapshotItem, read_all, reading_fault};
 use super::settings::{CaptureSettings, SnapshotMode};
 use super::wanted::{NOT_CAPTURED, Wanted, apply, shared_topic, take_others, wanted, wish, without_publication};
@@ -53,6 +54,8 @@ impl From<PostgresError> for Fault {
 pub(super) enum Opened {
     /// Store this, then open again.
     Store(Box<CapturePosition>),
+    /// As `Store`: tables in quarantine are tried again with that.
+    Release(Box<CapturePosition>),
     Snapshot(SnapshotFeed, Box<CapturePosition>),
     Stream(Box<StreamFeed>),
     /// There is nothing to do any more (`snapshot.mode: initial_only`).
@@ -97,6 +100,8 @@ pub(super) struct Opening {
     pub adopt: bool,
     /// The server could not go on, for want of the publication.
     pub unpublished: bool,
+    /// Tables in quarantine are to be tried again.
+    pub release: bool,
 }
 
 impl Opening {
@@ -142,6 +147,7 @@ impl Opening {
             fingerprint: self.settings.fingerprint(),
             snapshot: Some(SnapshotProgress::default()),
             read_at: BTreeMap::new(),
+            quarantined: BTreeMap::new(),
         };
         let Some(stored) = self.stored.clone() else {
             return match found {
@@ -195,10 +201,13 @@ impl Opening {
         if self.settings.snapshot == SnapshotMode::Always && self.first {
             // Under the slot that is there: what was committed since is streamed, too.
             let progress = SnapshotProgress { consistent_point: stored.commit_end, ..SnapshotProgress::default() };
-            return Ok(Opened::Store(Box::new(CapturePosition { snapshot: Some(progress), ..stored })));
+            return Ok(Opened::Release(Box::new(CapturePosition { snapshot: Some(progress), ..stored })));
         }
         let mut position = self.from.clone().unwrap_or(stored);
         let (mut wanted, changes) = self.compare(&mut session, &facts).await?;
+        if let Some(released) = quarantine::released(&self, &position, &wanted) {
+            return Ok(Opened::Release(Box::new(released)));
+        }
         if changes.creates || self.settings.snapshot == SnapshotMode::NoData {
             self.publish(&mut session, &wanted, &changes).await?;
         } else if self.adopt && !changes.added.is_empty() {
@@ -356,7 +365,17 @@ impl Opening {
         facts: &ServerFacts,
         stored: CapturePosition,
     ) -> Result<Opened, Fault> {
-        let (wanted, changes) = self.compare(&mut session, facts).await?;
+        let (mut wanted, mut changes) = self.compare(&mut session, facts).await?;
+        // Made again under the name of one that is not read now: published unread it would not be missed any more.
+        let done = stored.snapshot.as_ref().map_or(&[][..], |progress| &progress.done);
+        if !changes.creates && changes.added.iter().any(|table| done.contains(table)) {
+            wanted.tables.retain(|table| {
+                let name = table.full_name();
+                !(done.contains(&name) && changes.added.contains(&name))
+            });
+            let found = publication::find(&mut session, &self.settings.publication).await?;
+            changes = publication::changes(found.as_ref(), &wish(&self.settings, &wanted, facts))?;
+        }
         self.publish(&mut session, &wanted, &changes).await?;
         let settings = self.settings.clone();
         let with_data = settings.snapshot != SnapshotMode::NoData;
@@ -381,7 +400,10 @@ impl Opening {
             let made = made?;
             let position = match keeps {
                 true => {
-                    let mut position = CapturePosition { fingerprint: settings.fingerprint(), ..stored.clone() };
+                    let mut position = stored.clone();
+                    if position.ordinal == 0 {
+                        position.fingerprint = settings.fingerprint();
+                    }
                     // Of a table that no row was read of before, all that this snapshot has can be left out of the stream.
                     let progress = stored.snapshot.clone().unwrap_or_default();
                     let whole = wanted.tables.iter().map(CatalogTable::full_name);

@@ -68,11 +68,27 @@ pub(super) struct Captured {
     pub relation: Option<Arc<Relation>>,
     pub table: SharedTable,
     pub output: Option<Output>,
+    /// Of a table in quarantine: where its deletes go, so that no topic keeps a row that is gone.
+    pub aside: Option<Box<Output>>,
+    /// Why its schemas can't be had; it has neither output then.
+    pub refused: Option<String>,
     /// Taken for what it was before, since its rows are of a backlog: asked again when that is over.
     pub behind: bool,
     /// What was committed before this is in the rows that a snapshot read of it.
     pub from: Lsn,
 }
+
+impl Captured {
+    /// From here on its changes are passed over, but for deletes.
+    pub(super) fn set_aside(&mut self) {
+        if let Some(output) = self.output.take() {
+            self.aside = Some(Box::new(output));
+        }
+    }
+}
+
+/// What a table is written with, or why it can't be.
+type Made = Result<Output, String>;
 
 pub(super) struct Output {
     pub topic: Arc<str>,
@@ -153,20 +169,14 @@ impl Resolver {
             Origin::Wal { relation, before, behind } => {
                 if !self.wants(&relation, before.is_some()).await? {
                     let table = Arc::new(relation::table(&relation, Known::default(), &Default::default()));
-                    return Ok(Captured {
-                        relation: Some(relation),
-                        table,
-                        output: None,
-                        behind: false,
-                        from: Lsn::ZERO,
-                    });
+                    return Ok(captured(Some(relation), table, None, false));
                 }
                 let table = match before {
                     Some(before) if behind && relation::matches(&before, &relation) => before,
                     before => Arc::new(self.complete(&relation, before.as_deref(), behind).await?),
                 };
-                let output = Some(self.output(&table).await?);
-                return Ok(Captured { relation: Some(relation), table, output, behind, from: Lsn::ZERO });
+                let made = self.output(&table).await?;
+                return Ok(captured(Some(relation), table, Some(made), behind));
             }
             Origin::CaughtUp(relation, table) => (Some(relation), table),
             Origin::Snapshot(table) => (None, table),
@@ -178,8 +188,8 @@ impl Resolver {
                 (relation, Arc::new(table))
             }
         };
-        let output = self.output(&table).await?;
-        Ok(Captured { relation, table, output: Some(output), behind: false, from: Lsn::ZERO })
+        let made = self.output(&table).await?;
+        Ok(captured(relation, table, Some(made), false))
     }
 
     /// `known`: it was captured before.
@@ -209,31 +219,61 @@ impl Resolver {
         Ok(relation::table(relation, known, &types))
     }
 
-    async fn output(&self, table: &Table) -> Result<Output, Fault> {
+    async fn output(&self, table: &Table) -> Result<Made, Fault> {
         let encoding = &self.settings.encoding;
         let topic = avro::topic_name(&encoding.prefix, &table.schema, &table.name);
-        let schemas = avro::schemas(table, encoding).map_err(encoding_fault)?;
-        self.log.ensure_topic(&self.settings.topic(&topic)).await.map_err(Fault::from)?;
-        let key_id = match &schemas.key {
-            None => None,
-            Some(schema) => Some(self.register(table, &format!("{topic}-key"), schema).await?),
+        let schemas = match avro::schemas(table, encoding) {
+            Ok(schemas) => schemas,
+            Err(error) => return Ok(Err(error.to_string())),
         };
-        let value_id = self.register(table, &format!("{topic}-value"), &schemas.value).await?;
-        let plan = TablePlan::compile(table, encoding, key_id, value_id).map_err(encoding_fault)?;
-        Ok(Output { counters: Counters::new(&self.name, &table.full_name()), topic: topic.into(), plan, slot: None })
+        self.log.ensure_topic(&self.settings.topic(&topic)).await.map_err(Fault::from)?;
+        let mut key_id = None;
+        if let Some(schema) = &schemas.key {
+            match self.register(table, &format!("{topic}-key"), schema).await? {
+                Ok(id) => key_id = Some(id),
+                Err(refused) => return Ok(Err(refused)),
+            }
+        }
+        let value_id = match self.register(table, &format!("{topic}-value"), &schemas.value).await? {
+            Ok(id) => id,
+            Err(refused) => return Ok(Err(refused)),
+        };
+        let plan = match TablePlan::compile(table, encoding, key_id, value_id) {
+            Ok(plan) => plan,
+            Err(error) => return Ok(Err(error.to_string())),
+        };
+        let counters = Counters::new(&self.name, &table.full_name());
+        Ok(Ok(Output { counters, topic: topic.into(), plan, slot: None }))
     }
 }
 
+fn captured(relation: Option<Arc<Relation>>, table: SharedTable, made: Option<Made>, behind: bool) -> Captured {
+    let (output, refused) = match made {
+        None => (None, None),
+        Some(Ok(output)) => (Some(output), None),
+        Some(Err(reason)) => (None, Some(reason)),
+    };
+    Captured { relation, table, output, aside: None, refused, behind, from: Lsn::ZERO }
+}
+
 impl Resolver {
-    /// The schema's id. Where the subject refuses it: what `on.incompatible` says.
-    async fn register(&self, table: &Table, subject: &str, schema: &str) -> Result<u32, Fault> {
+    /// The schema's id. Where the subject refuses it: what `on.incompatible` says; `Err` inside: why the table is to be
+    /// left out.
+    async fn register(&self, table: &Table, subject: &str, schema: &str) -> Result<Result<u32, String>, Fault> {
         /// Subjects tried beside the first.
         const MOST: u32 = 100;
         let refused = match self.registry.register(subject, schema).await {
             Err(RegistryError::Incompatible { reason, .. }) => reason,
-            other => return Ok(other?.0),
+            other => return Ok(Ok(other?.0)),
         };
         let name = table.full_name();
+        if self.settings.incompatible == OnIncompatible::Quarantine {
+            return Ok(Err(format!(
+                "subject '{subject}' refuses the new schema: {reason}. hint: lower the subject's compatibility level, \
+                 or set 'on.incompatible: new-subject'",
+                reason = refused.trim_end_matches('.')
+            )));
+        }
         if self.settings.incompatible == OnIncompatible::Stop {
             return Err(Fault::stop(format!(
                 "subject '{subject}' refuses the new schema of {name}: {reason}. Nothing of the capture goes on, and \
@@ -252,11 +292,11 @@ impl Resolver {
                 Ok(id) => {
                     tracing::warn!(connector = %self.name, table = %name, %subject, registered = %next, reason = %refused,
                         "the subject refuses the new schema: registered under another (on.incompatible: new-subject)");
-                    return Ok(id.0);
+                    return Ok(Ok(id.0));
                 }
             }
         }
-        Err(Fault::stop(format!("{MOST} subjects beside '{subject}' refuse the schema of {name}: {refused}")))
+        Ok(Err(format!("subject '{subject}' and {MOST} beside it refuse the schema: {refused}")))
     }
 
     /// How long the server goes on keeping WAL for the slot, in words.

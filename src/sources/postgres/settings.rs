@@ -35,6 +35,8 @@ pub enum SnapshotMode {
 /// `on.incompatible`: the registry refuses a table's new schema.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnIncompatible {
+    /// The table is left out until it is read anew, the others go on.
+    Quarantine,
     /// The capture stops and says so; its slot keeps what comes.
     Stop,
     /// The schema goes under another subject (`TOPIC-value-v2`), in the same topic.
@@ -111,7 +113,7 @@ impl CaptureSettings {
             via_root: false,
             tables: TableFilter::default(),
             snapshot: SnapshotMode::Initial,
-            incompatible: OnIncompatible::Stop,
+            incompatible: OnIncompatible::Quarantine,
             skipped: BTreeSet::from(['t']),
             messages_included: Vec::new(),
             messages_excluded: Vec::new(),
@@ -275,6 +277,11 @@ impl CaptureSettings {
         u64::from(crc32fast::hash(counted.as_bytes()))
     }
 
+    /// What decides whether a table can be written: all settings, and the version of this program.
+    pub fn attempt(&self) -> u32 {
+        crc32fast::hash(format!("{} {self:?}", env!("CARGO_PKG_VERSION")).as_bytes())
+    }
+
     pub fn wants_message(&self, prefix: &str) -> bool {
         let any = |list: &[Regex]| list.iter().any(|pattern| pattern.is_match(prefix));
         !prefix.starts_with("tidegate.")
@@ -325,6 +332,7 @@ crate::choices!(SnapshotMode {
 });
 
 crate::choices!(OnIncompatible {
+    "quarantine" => OnIncompatible::Quarantine,
     "stop" => OnIncompatible::Stop,
     "new-subject" => OnIncompatible::NewSubject,
 });

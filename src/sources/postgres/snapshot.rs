@@ -10,7 +10,7 @@ use bytes::BytesMut;
 use tokio::time::Instant;
 
 use crate::avro::SnapshotMarker;
-use crate::event::{CapturePosition, Oid, SnapshotProgress};
+use crate::event::{CapturePosition, Oid, Quarantine, SnapshotProgress, Table};
 use crate::pipeline::progress::progress;
 use crate::pipeline::{Fault, Status};
 use crate::postgres::frames::next_frame;
@@ -19,7 +19,7 @@ use super::envelope::snapshot_marker;
 use super::reading::{SnapshotFeed, SnapshotItem};
 use super::relations::{Captured, Origin, Resolver};
 use super::schemas::Schemas;
-use super::writer::Writer;
+use super::writer::{RowWritten, Writer};
 use super::{Resolving, joined, now_ns};
 
 pub(super) struct Snapshot {
@@ -98,7 +98,11 @@ impl Snapshot {
             if let Some(task) = &mut self.resolving {
                 let captured = joined(task.await)?;
                 self.resolving = None;
-                schemas.note(&captured.table, self.position.epoch, self.feed.shapes_from, &mut writer.batch);
+                if let Some(reason) = &captured.refused {
+                    quarantine(&mut self.position, writer, &captured.table, reason.clone());
+                } else {
+                    schemas.note(&captured.table, self.position.epoch, self.feed.shapes_from, &mut writer.batch);
+                }
                 self.captured = Some(captured);
             }
             if self.write_rows(writer, nullable)? {
@@ -168,7 +172,7 @@ impl Snapshot {
             let row_starts = length - frame.body.len();
             let marker = snapshot_marker(self.rows_read == 0, self.rows_of_table == 0, false, false);
             let mut row = self.rows.split_to(length);
-            write(writer, captured, &mut row[row_starts..], marker, now, nullable)?;
+            write(writer, &mut self.position, captured, &mut row[row_starts..], marker, now, nullable)?;
             self.rows_read += 1;
             self.rows_of_table += 1;
             if writer.is_full() {
@@ -197,7 +201,8 @@ impl Snapshot {
                 self.rows_read += 1;
                 self.rows_of_table += 1;
             }
-            _ => self.done(table.clone()),
+            (Some(captured), None) => self.done(&table, &captured),
+            (None, _) => self.position.snapshot.get_or_insert_with(SnapshotProgress::default).done.push(table.clone()),
         }
         self.tables_done += 1;
         tracing::info!(connector, %table, rows = self.rows_of_table, "read");
@@ -207,13 +212,18 @@ impl Snapshot {
     fn write_held(&mut self, writer: &mut Writer, very_last: bool, nullable: &mut Nullable) -> Result<(), Fault> {
         let Some(mut held) = self.held.take() else { return Ok(()) };
         let marker = snapshot_marker(held.very_first, held.first, true, very_last);
-        write(writer, &mut held.captured, &mut held.row[held.row_starts..], marker, now_ns(), nullable)?;
-        self.done(held.captured.table.full_name());
+        let row = &mut held.row[held.row_starts..];
+        write(writer, &mut self.position, &mut held.captured, row, marker, now_ns(), nullable)?;
+        self.done(&held.captured.table.full_name(), &held.captured);
         Ok(())
     }
 
-    fn done(&mut self, table: String) {
-        self.position.snapshot.get_or_insert_with(SnapshotProgress::default).done.push(table);
+    /// All its rows are written, or it is in quarantine by now: it is not read again for its own sake.
+    fn done(&mut self, table: &str, captured: &Captured) {
+        self.position.snapshot.get_or_insert_with(SnapshotProgress::default).done.push(table.to_owned());
+        if captured.output.is_some() {
+            self.position.quarantined.remove(table);
+        }
     }
 
     fn tell_progress(&mut self, connector: &str, status: &Status) {
@@ -230,15 +240,30 @@ impl Snapshot {
     }
 }
 
+/// The table's rows from here on are passed over.
+fn quarantine(position: &mut CapturePosition, writer: &Writer, table: &Table, reason: String) {
+    let quarantine = Quarantine { since: position.commit_end, reason, tried_with: writer.attempt() };
+    position.quarantined.insert(table.full_name(), quarantine);
+}
+
 fn write(
     writer: &mut Writer,
+    position: &mut CapturePosition,
     captured: &mut Captured,
     row: &mut [u8],
     marker: SnapshotMarker,
     now_ns: i64,
     nullable: &mut Nullable,
 ) -> Result<(), Fault> {
-    let Some(column) = writer.snapshot_row(captured, row, marker, now_ns)? else { return Ok(()) };
+    let column = match writer.snapshot_row(captured, row, marker, now_ns)? {
+        RowWritten::Yes => return Ok(()),
+        RowWritten::Nullable(column) => column,
+        RowWritten::Refused(reason) => {
+            captured.output = None;
+            quarantine(position, writer, &captured.table, reason);
+            return Ok(());
+        }
+    };
     // A constraint that was never validated (NOT NULL NOT VALID): the rows decide.
     let table = &captured.table;
     let name = table.columns.get(column).map(|column| column.name.clone()).unwrap_or_default();

@@ -149,7 +149,7 @@ impl Streaming {
             if between {
                 self.beat(writer, resolver).await?;
             }
-            if between && !writer.batch.is_empty() {
+            if between && (!writer.batch.is_empty() || writer.quarantined) {
                 return Ok(writer.position.clone());
             }
             let beat = self.heartbeat.as_ref().map(|heartbeat| heartbeat.due);
@@ -209,10 +209,16 @@ impl Streaming {
         loop {
             if let Some(ready) = &mut self.resolving {
                 let mut captured = joined((&mut ready.task).await)?;
-                if let Some(from) = writer.position.read_at.get(&captured.table.full_name()) {
+                let name = captured.table.full_name();
+                if let Some(from) = writer.position.read_at.get(&name) {
                     captured.from = *from;
                 }
-                if captured.output.is_some() {
+                if writer.position.quarantined.contains_key(&name) {
+                    captured.set_aside();
+                } else if let Some(reason) = captured.refused.clone().filter(|_| writer.reached() >= captured.from) {
+                    writer.quarantine(name, ready.from, reason);
+                }
+                if captured.output.is_some() || captured.aside.is_some() {
                     schemas.note(&captured.table, writer.position.epoch, ready.from, &mut writer.batch);
                 }
                 self.resolving = None;

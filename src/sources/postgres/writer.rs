@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use crate::avro::{AvroError, EventMeta, SnapshotMarker, TransactionMeta};
 use crate::event::{
-    CapturePosition, Cell, HeaderSet, Lsn, ORIGIN_MESSAGE_PREFIX, Oid, Operation, Origin, RecordBatch, Spares,
-    TopicSlot,
+    CapturePosition, Cell, HeaderSet, Lsn, ORIGIN_MESSAGE_PREFIX, Oid, Operation, Origin, Quarantine, RecordBatch,
+    Spares,
 };
 use crate::pipeline::Fault;
 use crate::postgres::PostgresError;
@@ -19,7 +19,8 @@ use crate::postgres::frames::{Reader, next_frame};
 use crate::postgres::pgoutput::{self, Message, OldRow, Relation};
 
 use super::envelope::{Context, MessageTopic};
-use super::relations::{Captured, Output, encoding_fault};
+use super::page::Page;
+use super::relations::{Captured, encoding_fault};
 use super::settings::CaptureSettings;
 
 /// Why [`Writer::run`] stopped before the end of a chunk.
@@ -74,6 +75,17 @@ pub(super) struct Writer {
     /// Transactions that end before this are a backlog: the catalog was read when the server was there already.
     pub behind: Option<Lsn>,
     pub spares: Spares,
+    /// A table was quarantined since the last batch: the position is to be stored soon.
+    pub quarantined: bool,
+}
+
+/// What became of a row of a snapshot.
+pub(super) enum RowWritten {
+    Yes,
+    /// It has a null in this column, where the table has none.
+    Nullable(usize),
+    /// It can't be written, and why.
+    Refused(String),
 }
 
 impl Writer {
@@ -95,6 +107,7 @@ impl Writer {
             announced: Vec::new(),
             behind: None,
             spares: Spares::default(),
+            quarantined: false,
         }
     }
 
@@ -111,8 +124,9 @@ impl Writer {
     pub(super) fn take(&mut self) -> (RecordBatch, usize) {
         self.number += 1;
         self.headers = None;
+        self.quarantined = false;
         for captured in self.relations.values_mut() {
-            if let Some(output) = &mut captured.output {
+            if let Some(output) = captured.output.as_mut().or(captured.aside.as_deref_mut()) {
                 output.counters.flush();
             }
         }
@@ -205,6 +219,9 @@ impl Writer {
             }
             Message::Truncate { relations, .. } => {
                 if self.counts_as_new()? && !self.settings.skipped.contains(&'t') {
+                    if let Some(step) = relations.iter().find_map(|relation| self.try_again(relation, at)) {
+                        return Ok(Some(step));
+                    }
                     for relation in relations.iter() {
                         self.truncate(relation, at)?;
                     }
@@ -313,7 +330,9 @@ impl Writer {
             let what = format!("pgoutput sent a row of relation {oid} before the relation");
             return Err(PostgresError::Protocol(what).into());
         };
-        let Some(output) = &mut captured.output else { return Ok(None) };
+        let Some(output) = &mut captured.output else {
+            return Ok(self.passed_over(oid, operation, at, kind, old, new));
+        };
         if self.transaction.as_ref().is_some_and(|transaction| transaction.commit_lsn < captured.from) {
             return Ok(None);
         }
@@ -367,20 +386,124 @@ impl Writer {
                 Ok(None)
             }
             Err(AvroError::NullInRequired { index, .. }) => {
-                if self.batch.mark() != mark {
-                    self.batch.undo(mark);
-                    self.headers = None;
-                }
+                self.undo(mark);
                 self.uncount();
                 Ok(Some(Step::Nullable { oid, column: index, lsn: at.lsn }))
             }
-            Err(error) => Err(encoding_fault(error).context(format!("at LSN {}", at.lsn))),
+            Err(error) => {
+                self.undo(mark);
+                if let Some(captured) = self.relations.get_mut(&oid) {
+                    captured.set_aside();
+                    let table = captured.table.full_name();
+                    self.quarantine(table, at.lsn, error.to_string());
+                }
+                Ok(self.passed_over(oid, operation, at, kind, old, new))
+            }
         }
+    }
+
+    fn undo(&mut self, mark: (usize, usize)) {
+        if self.batch.mark() != mark {
+            self.batch.undo(mark);
+            self.headers = None;
+        }
+    }
+
+    /// From the change at `since` on nothing of the table is written but deletes. The position says so in the batch that
+    /// the change would have been in.
+    #[cold]
+    pub(super) fn quarantine(&mut self, table: String, since: Lsn, reason: String) {
+        let tried_with = self.attempt();
+        self.position.quarantined.entry(table).or_insert(Quarantine { since, reason, tried_with });
+        self.quarantined = true;
+    }
+
+    pub(super) fn attempt(&self) -> u32 {
+        self.settings.attempt()
+    }
+
+    /// Up to where the position, or the transaction that is being read, has come.
+    pub(super) fn reached(&self) -> Lsn {
+        self.transaction.as_ref().map_or(self.position.commit_end, |transaction| transaction.commit_lsn)
+    }
+
+    /// A change of a table that was refused in a shape of earlier, from before it was read: now it counts.
+    #[cold]
+    fn try_again(&mut self, oid: Oid, at: &At) -> Option<Step> {
+        let reached = self.reached();
+        let captured = self.relations.get(&oid)?;
+        let again = captured.refused.is_some() && reached >= captured.from;
+        if !again || self.position.quarantined.contains_key(&captured.table.full_name()) {
+            return None;
+        }
+        let relation = captured.relation.clone()?;
+        self.uncount();
+        Some(Step::Relations { relations: vec![relation], lsn: at.lsn })
+    }
+
+    /// A change of a table that is not asked for, or in quarantine. There a key that is gone is told all the same: the
+    /// table is read anew one day, and what that does not find would stay in the topic for ever.
+    #[cold]
+    fn passed_over<'a>(
+        &mut self,
+        oid: Oid,
+        operation: Operation,
+        at: &At,
+        kind: OldRow,
+        old: &[Cell<'a>],
+        new: &mut [Cell<'a>],
+    ) -> Option<Step> {
+        if let Some(step) = self.try_again(oid, at) {
+            return Some(step);
+        }
+        let reached = self.reached();
+        let captured = self.relations.get_mut(&oid)?;
+        let output = captured.aside.as_deref_mut()?;
+        let gone = match operation {
+            Operation::Delete => true,
+            Operation::Update => kind != OldRow::None && !output.plan.same_key(old, new),
+            _ => false,
+        };
+        if !gone || reached < captured.from || self.settings.skipped.contains(&'d') {
+            return None;
+        }
+        let meta = EventMeta {
+            transaction: &self.meta,
+            operation: Operation::Delete,
+            lsn: at.lsn,
+            snapshot: SnapshotMarker::False,
+            block: None,
+            processed_ns: at.now_ns,
+        };
+        let mark = self.batch.mark();
+        let headers = self.headers.get_or_insert_with(|| self.context.headers(&mut self.batch, None)).clone();
+        let mut page = Page { batch: &mut self.batch, number: self.number, output, headers, context: &self.context };
+        let mut written = page.event(&meta, Some(old), None);
+        if written.is_err() {
+            // Its key alone, which is what a delete is about.
+            let in_key = |(at, cell): (usize, &Cell<'a>)| match captured.table.key.contains(&at) {
+                true => *cell,
+                false => Cell::Unchanged,
+            };
+            let bare: Vec<Cell<'a>> = old.iter().enumerate().map(in_key).collect();
+            written = page.event(&meta, Some(&bare), None);
+        }
+        if written.is_err() {
+            // No row of such a key was ever written.
+            self.undo(mark);
+            return None;
+        }
+        if self.settings.encoding.tombstones_on_delete {
+            page.tombstone();
+        }
+        output.counters.add(Operation::Delete);
+        self.events += 1;
+        None
     }
 
     fn truncate(&mut self, oid: Oid, at: &At) -> Result<(), Fault> {
         let Some(captured) = self.relations.get_mut(&oid) else { return Ok(()) };
-        let Some(output) = &mut captured.output else { return Ok(()) };
+        let Some(output) = captured.output.as_mut().or(captured.aside.as_deref_mut()) else { return Ok(()) };
         if self.transaction.as_ref().is_some_and(|transaction| transaction.commit_lsn < captured.from) {
             return Ok(());
         }
@@ -461,10 +584,10 @@ impl Writer {
         row: &mut [u8],
         marker: SnapshotMarker,
         now_ns: i64,
-    ) -> Result<Option<usize>, Fault> {
+    ) -> Result<RowWritten, Fault> {
+        let Some(output) = &mut captured.output else { return Ok(RowWritten::Yes) };
         let mut cells = Vec::with_capacity(captured.table.columns.len());
         self.rows.read(row, &mut cells)?;
-        let Some(output) = &mut captured.output else { return Ok(None) };
         let meta = EventMeta {
             transaction: &self.meta,
             operation: Operation::Read,
@@ -480,14 +603,15 @@ impl Writer {
             Ok(()) => {
                 output.counters.add(Operation::Read);
                 self.events += 1;
-                Ok(None)
+                Ok(RowWritten::Yes)
             }
-            Err(AvroError::NullInRequired { index, .. }) => {
-                self.batch.undo(mark);
-                self.headers = None;
-                Ok(Some(index))
+            Err(error) => {
+                self.undo(mark);
+                Ok(match error {
+                    AvroError::NullInRequired { index, .. } => RowWritten::Nullable(index),
+                    error => RowWritten::Refused(error.to_string()),
+                })
             }
-            Err(error) => Err(encoding_fault(error)),
         }
     }
 }
@@ -496,84 +620,4 @@ impl Writer {
 struct At {
     lsn: Lsn,
     now_ns: i64,
-}
-
-/// A place to write the records of one change.
-struct Page<'w> {
-    batch: &'w mut RecordBatch,
-    number: u64,
-    output: &'w mut Output,
-    headers: HeaderSet,
-    context: &'w Context,
-}
-
-impl Page<'_> {
-    #[inline]
-    fn slot(&mut self) -> TopicSlot {
-        match self.output.slot {
-            Some((number, slot)) if number == self.number => slot,
-            _ => {
-                let slot = self.batch.topic_slot(&self.output.topic);
-                self.output.slot = Some((self.number, slot));
-                slot
-            }
-        }
-    }
-
-    #[inline]
-    fn event(
-        &mut self,
-        meta: &EventMeta<'_>,
-        before: Option<&[Cell<'_>]>,
-        after: Option<&[Cell<'_>]>,
-    ) -> Result<(), AvroError> {
-        let slot = self.slot();
-        let mut record = self.batch.record(slot, &self.headers);
-        if self.output.plan.has_key()
-            && let Some(row) = after.or(before)
-        {
-            record.key(|out| self.output.plan.write_key(row, out))?;
-        }
-        record.value(|out| self.output.plan.write_value(before, after, meta, out))?;
-        record.finish();
-        Ok(())
-    }
-
-    fn keyless(&mut self, meta: &EventMeta<'_>) -> Result<(), AvroError> {
-        let slot = self.slot();
-        let mut record = self.batch.record(slot, &self.headers);
-        record.value(|out| self.output.plan.write_value(None, None, meta, out))?;
-        record.finish();
-        Ok(())
-    }
-
-    fn tombstone(&mut self) {
-        let slot = self.slot();
-        let mut record = self.batch.record(slot, &self.headers);
-        record.same_key_as_previous();
-        record.finish();
-    }
-
-    /// A row under another key: a delete and a tombstone that name the new key, a create that names the old one.
-    fn moved(
-        &mut self,
-        meta: EventMeta<'_>,
-        old: &[Cell<'_>],
-        new: &[Cell<'_>],
-        tombstones: bool,
-    ) -> Result<(), AvroError> {
-        let plain = self.headers.clone();
-        let (mut old_key, mut new_key) = (Vec::new(), Vec::new());
-        self.output.plan.write_key_json(old, &mut old_key)?;
-        self.output.plan.write_key_json(new, &mut new_key)?;
-        self.headers = self.context.headers(self.batch, Some(("__debezium.newkey", &new_key)));
-        self.event(&EventMeta { operation: Operation::Delete, ..meta }, Some(old), None)?;
-        if tombstones {
-            self.tombstone();
-        }
-        self.headers = self.context.headers(self.batch, Some(("__debezium.oldkey", &old_key)));
-        self.event(&EventMeta { operation: Operation::Create, ..meta }, None, Some(new))?;
-        self.headers = plain;
-        Ok(())
-    }
 }

@@ -61,7 +61,8 @@ impl Connector for Settings {
             context.registry.clone(),
             context.status.clone(),
             destination.stored(),
-        );
+        )
+        .releasing(context.control.take_restarted());
         pipeline::run(source, destination, &context).await
     }
 
@@ -101,6 +102,7 @@ impl Connector for Settings {
             fingerprint: self.0.fingerprint(),
             snapshot: None,
             read_at: Default::default(),
+            quarantined: Default::default(),
         };
         match to {
             ResetTo::Beginning => {

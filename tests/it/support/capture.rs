@@ -135,6 +135,15 @@ impl World {
     }
 
     pub async fn start(&self) -> Running {
+        self.begin(false).await
+    }
+
+    /// As a person's restart does: tables in quarantine are read anew.
+    pub async fn start_releasing(&self) -> Running {
+        self.begin(true).await
+    }
+
+    async fn begin(&self, release: bool) -> Running {
         let datastore = DatastoreSettings::from_url(&self.url).unwrap();
         let (signal, receiver) = watch::channel(Signal::Run);
         let abort = CancellationToken::new();
@@ -158,7 +167,8 @@ impl World {
             self.registry.clone(),
             status.clone(),
             destination.stored(),
-        );
+        )
+        .releasing(release);
         let task = tokio::spawn(async move { tidegate::pipeline::run(source, destination, &context).await });
         Running { status, signal, abort, task }
     }
