@@ -247,7 +247,8 @@ impl Inside {
     }
 }
 
-/// Asks again while a group's coordinator, or the leader of a topic made just now, is starting.
+/// Asks again while a group's coordinator, or a leader (of a topic made just now, or one that was elected anew), is
+/// starting.
 fn coordinated<T>(ask: impl Fn() -> Result<T, KafkaError>) -> Result<T, KafkaError> {
     use RDKafkaErrorCode as Code;
     let give_up = Instant::now() + ANSWER_WAIT;
@@ -263,6 +264,8 @@ fn coordinated<T>(ask: impl Fn() -> Result<T, KafkaError>) -> Result<T, KafkaErr
                                 | Code::NotCoordinator
                                 | Code::NotLeaderForPartition
                                 | Code::LeaderNotAvailable
+                                | Code::FencedLeaderEpoch
+                                | Code::UnknownLeaderEpoch
                         )
                     ) =>
             {
