@@ -62,6 +62,13 @@ pub async fn holds_lease<C: GenericClient>(transaction: &C, lease: &Lease) -> Re
     Ok(found.is_some())
 }
 
+/// Whether another has the lease by now. Not so of one that is gone, or of an earlier generation: the datastore has lost
+/// what it had, since it was restored, or a standby without the last transactions took its place.
+pub async fn is_anothers_lease<C: GenericClient>(client: &C, lease: &Lease) -> Result<bool, DatastoreError> {
+    let select = "SELECT EXISTS (SELECT FROM tidegate.leases WHERE name = $1 AND owner <> $2 AND generation >= $3)";
+    Ok(client.query_one(select, &[&lease.name, &lease.owner, &lease.generation]).await?.get(0))
+}
+
 /// Prolongs all of the owner's leases; returns the names of those it still has.
 pub async fn renew_leases<C: GenericClient>(
     client: &C,

@@ -32,7 +32,9 @@ pub use error::{DatastoreError, DatastoreErrorKind};
 pub use forget::forget_connector;
 pub use grants::missing_grants;
 pub use history::restored_at;
-pub use leases::{Lease, acquire_lease, holds_lease, lease_owner_alive, release_leases, renew_leases, seize_lease};
+pub use leases::{
+    Lease, acquire_lease, holds_lease, is_anothers_lease, lease_owner_alive, release_leases, renew_leases, seize_lease,
+};
 pub use links::{
     Intent, Link, LinkKey, delete_link, find_link, forget_versions, link_by_external, lock_link, next_push_seq,
     push_seq_now, rekey_link, root_of_line, save_lines, save_link,
@@ -91,8 +93,11 @@ impl Datastore {
 
     /// Makes the pool; connects only when a client is asked for.
     pub fn open(settings: &DatastoreSettings) -> Result<Self, DatastoreError> {
+        let mut config = settings.config();
+        // An address may lead to a standby, until a failover has moved it: nothing that is read there is of use.
+        config.target_session_attrs(tokio_postgres::config::TargetSessionAttrs::ReadWrite);
         let manager = Manager::from_config(
-            settings.config(),
+            config,
             tls::connector(settings)?,
             ManagerConfig { recycling_method: RecyclingMethod::Fast },
         );
@@ -104,6 +109,11 @@ impl Datastore {
                 create: Some(POOL_WAIT),
                 recycle: Some(Duration::from_secs(5)),
             })
+            // One that a server which stands by, or DDL, has spoilt is closed, and a new one made.
+            .pre_recycle(Hook::sync_fn(|_, metrics| match error::is_trusted(metrics.created) {
+                true => Ok(()),
+                false => Err(HookError::message("an earlier session was at fault")),
+            }))
             .post_create(Hook::async_fn(|client, _| {
                 Box::pin(async move { client.batch_execute(SESSION).await.map_err(HookError::Backend) })
             }))

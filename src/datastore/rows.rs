@@ -217,7 +217,7 @@ pub async fn query_document<C: GenericClient>(
 }
 
 /// The rows as the table would hold and show them (types, scale, form), without any trigger: members that are not
-/// there stay away.
+/// there stay away. `Setup` where the table has not (any more) a column that a row has a value for.
 pub async fn normalize_rows<C: GenericClient>(
     client: &C,
     table: &TableName,
@@ -230,15 +230,20 @@ pub async fn normalize_rows<C: GenericClient>(
         format!("SELECT row_to_json(t), {} FROM json_populate_recordset(NULL::{}, $1) t", zoned(table), table.quoted());
     let select = client.prepare_cached(&select).await.map_err(|error| in_table(error, table))?;
     let found = client.query(&select, &[&Value::Array(rows.to_vec())]).await.map_err(|error| in_table(error, table))?;
-    let normal = rows.iter().zip(&found).map(|(values, row)| {
-        let mut normal: Value = row.get(0);
-        utc(&mut normal, &row.get(1));
-        if let (Some(normal), Some(values)) = (normal.as_object_mut(), values.as_object()) {
-            normal.retain(|column, _| values.contains_key(column));
+    let mut normal = Vec::with_capacity(rows.len());
+    for (values, row) in rows.iter().zip(&found) {
+        let mut row_now: Value = row.get(0);
+        utc(&mut row_now, &row.get(1));
+        if let (Some(row), Some(values)) = (row_now.as_object_mut(), values.as_object()) {
+            row.retain(|column, _| values.contains_key(column));
+            // The server passes over what it does not know, and a value would be lost in silence.
+            if let Some(missing) = values.keys().find(|column| !row.contains_key(*column)) {
+                return Err(DatastoreError::setup(format!("table {table} has no column {missing}")));
+            }
         }
-        normal
-    });
-    Ok(normal.collect())
+        normal.push(row_now);
+    }
+    Ok(normal)
 }
 
 /// Columns of the primary key, in the index's order; empty without one.

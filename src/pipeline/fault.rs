@@ -68,9 +68,10 @@ impl From<crate::datastore::DatastoreError> for Fault {
     fn from(error: crate::datastore::DatastoreError) -> Self {
         use crate::datastore::DatastoreErrorKind;
         match error.kind {
-            DatastoreErrorKind::Unavailable => Fault::unavailable(error.message, None),
+            // What is not set up may be on its way: shown as waiting, and well again by itself.
+            DatastoreErrorKind::Unavailable | DatastoreErrorKind::Setup => Fault::unavailable(error.message, None),
             DatastoreErrorKind::Conflict | DatastoreErrorKind::Lost => Fault::retry(error.message),
-            DatastoreErrorKind::Setup | DatastoreErrorKind::Rejected => Fault::stop(error.message),
+            DatastoreErrorKind::Rejected => Fault::stop(error.message),
         }
     }
 }

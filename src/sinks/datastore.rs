@@ -14,7 +14,7 @@ mod settings;
 mod tenure;
 mod writing;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -57,6 +57,8 @@ struct Inside {
     /// Hashes of the records parked since the connector started, by id: one that comes again as it was is passed over.
     refused: Mutex<HashMap<String, u64>>,
     table: tokio::sync::Mutex<Option<Arc<Table>>>,
+    /// Columns that the table had at some time since the connector started.
+    columns_seen: Mutex<HashSet<String>>,
 }
 
 /// The datastore ends a transaction in which nothing is asked for so long.
@@ -68,6 +70,11 @@ fn hash(record: &Value) -> u64 {
     let mut hasher = DefaultHasher::new();
     record.to_string().hash(&mut hasher);
     hasher.finish()
+}
+
+/// Something of the table is not there: it may be altered just now, and is looked for again.
+fn waits(message: String) -> Fault {
+    DatastoreError::setup(message).into()
 }
 
 /// What the catalog says of the table.
@@ -127,6 +134,7 @@ impl DatastoreSink {
             dead_letters,
             refused: Mutex::default(),
             table: tokio::sync::Mutex::new(None),
+            columns_seen: Mutex::default(),
         }))
     }
 
@@ -200,22 +208,24 @@ impl Inside {
         let into = &self.settings.into;
         let columns = columns_of(&client, into).await?;
         if columns.is_empty() {
-            return Err(Fault::stop(format!("table {into}, which `into` names, does not exist")));
+            return Err(waits(format!("table {into}, which `into` names, does not exist")));
         }
         let key = match &self.settings.key {
             Some(key) => key.clone(),
             None => primary_key(&client, into).await?,
         };
         if key.is_empty() {
-            return Err(Fault::stop(format!(
+            return Err(waits(format!(
                 "table {into} has no primary key; name the columns that tell its rows apart as `key`"
             )));
         }
         let table = Arc::new(Table { key, columns });
         if let Some(missing) = self.settings.named_columns().chain(&table.key).find(|column| !table.has(column)) {
-            return Err(Fault::stop(format!("table {into} has no column '{missing}'")));
+            return Err(waits(format!("table {into} has no column '{missing}'")));
         }
         *known = Some(Arc::clone(&table));
+        let names = table.columns.iter().map(|column| column.name.clone());
+        self.columns_seen.lock().unwrap_or_else(PoisonError::into_inner).extend(names);
         Ok(table)
     }
 

@@ -16,6 +16,7 @@ mod changes;
 pub(super) mod dead_letters;
 mod decide;
 mod deliver;
+mod ends;
 mod expressions;
 mod intake;
 mod outcome;

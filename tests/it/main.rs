@@ -1,5 +1,6 @@
 //! Tests by behaviour, on real servers that they start themselves.
 
+mod altered;
 mod backlog;
 mod capture;
 mod cli;
@@ -7,6 +8,7 @@ mod config;
 mod connection;
 mod crash;
 mod creates;
+mod cut_off;
 mod datastore;
 mod deletes;
 mod delivery;

@@ -13,7 +13,7 @@ use tokio_postgres::Client;
 use crate::support::capture::World;
 use crate::support::{Api, Database, Postgres, Stage, Version, WorkerLog, Workshop, eventually};
 
-const PARTS: &str = "CREATE TABLE parts (
+pub const PARTS: &str = "CREATE TABLE parts (
     id serial PRIMARY KEY, sku text UNIQUE, name text, price numeric(10,2) CHECK (price >= 0), note text DEFAULT 'none',
     at timestamptz, version int NOT NULL DEFAULT 0);
     CREATE FUNCTION count_version() RETURNS trigger LANGUAGE plpgsql AS
@@ -40,7 +40,7 @@ async fn stage(database: &Database<'_>, api: &Api) -> Stage {
     Stage::new(database, &[("api", &settings)]).await
 }
 
-fn pull(request: &str, more: &str) -> String {
+pub fn pull(request: &str, more: &str) -> String {
     format!(
         "name: parts\ntype: http-pull\nsystem: api\nobject: part\nevery: 150ms\nrequest: GET {request}\n\
          into: public.parts\nmatch: {{ columns: [sku] }}\nheld.retry: 100ms\n\

@@ -360,8 +360,14 @@ impl Inside {
         };
         let unknown: BTreeSet<&str> = row.keys().map(String::as_str).filter(|column| !table.has(column)).collect();
         if !unknown.is_empty() {
+            // One that was there before is away while the table is altered; any other, the map has made up.
+            let away = {
+                let seen = self.columns_seen.lock().unwrap_or_else(PoisonError::into_inner);
+                unknown.iter().any(|column| seen.contains(*column))
+            };
             let names: Vec<_> = unknown.into_iter().collect();
-            return Ok(Means::Bad(format!("table {} has no column {}", self.settings.into, names.join(", "))));
+            let reason = format!("table {} has no column {}", self.settings.into, names.join(", "));
+            return if away { Err(DatastoreError::setup(reason).into()) } else { Ok(Means::Bad(reason)) };
         }
         Ok(Means::Row(row))
     }

@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::datastore::{Datastore, DatastoreErrorKind, Transaction};
-use crate::datastore::{Lease, acquire_lease, holds_lease, release_leases, seize_lease};
+use crate::datastore::{Lease, acquire_lease, holds_lease, is_anothers_lease, release_leases, seize_lease};
 use crate::pipeline::{ConnectorContext, ConnectorState, Fault, Signal};
 
 /// A worker that is gone is followed after so long.
@@ -23,6 +23,7 @@ pub struct Tenure {
     lease: Lease,
     /// The log has one process only, and so have the pulls; none where workers share a log.
     alone: bool,
+    losing: watch::Sender<bool>,
     lost: watch::Receiver<bool>,
     renewing: Option<JoinHandle<()>>,
 }
@@ -32,6 +33,7 @@ pub struct Tenure {
 pub struct Hold {
     lease: Lease,
     alone: bool,
+    losing: watch::Sender<bool>,
 }
 
 impl Tenure {
@@ -70,17 +72,17 @@ impl Tenure {
         };
         context.status.set_fact("standby", false);
         let (losing, lost) = watch::channel(false);
-        let renewing = (!alone).then(|| tokio::spawn(renew(context.datastore.clone(), lease.clone(), losing)));
-        Ok(Some(Tenure { datastore: context.datastore.clone(), lease, alone, lost, renewing }))
+        let renewing = (!alone).then(|| tokio::spawn(renew(context.datastore.clone(), lease.clone(), losing.clone())));
+        Ok(Some(Tenure { datastore: context.datastore.clone(), lease, alone, losing, lost, renewing }))
     }
 
     pub fn hold(&self) -> Hold {
-        Hold { lease: self.lease.clone(), alone: self.alone }
+        Hold { lease: self.lease.clone(), alone: self.alone, losing: self.losing.clone() }
     }
 
-    /// Resolves when another worker has taken over.
+    /// Resolves when another worker has taken over, or the datastore does not know of it any more.
     pub async fn lost(&self) {
-        if self.alone || self.lost.clone().wait_for(|lost| *lost).await.is_err() {
+        if self.lost.clone().wait_for(|lost| *lost).await.is_err() {
             std::future::pending::<()>().await;
         }
     }
@@ -113,6 +115,10 @@ impl Hold {
     pub async fn check(&self, transaction: &Transaction<'_>) -> Result<(), Fault> {
         if holds_lease(transaction, &self.lease).await? {
             return Ok(());
+        }
+        if self.alone && !is_anothers_lease(transaction, &self.lease).await? {
+            self.losing.send_replace(true);
+            return Err(Fault::retry(format!("the datastore has lost '{}', which is taken anew", self.lease.name)));
         }
         Err(match self.alone {
             true => Fault::stop(format!(

@@ -530,24 +530,21 @@ enum RowError {
 
 impl From<tokio_postgres::Error> for RowError {
     fn from(error: tokio_postgres::Error) -> Self {
-        let code = error.code().cloned();
-        let error = DatastoreError::from(error);
-        match code {
-            Some(code) if code == SqlState::UNIQUE_VIOLATION => RowError::Taken(error.message),
-            // Data exceptions, integrity constraints, what triggers raise, values that don't fit a generated column.
-            Some(code) if matches!(code.code().get(..2), Some("22" | "23" | "P0" | "27" | "44")) => {
-                RowError::Rejected(error.message)
-            }
-            Some(code) if code.code() == "428C9" => RowError::Rejected(error.message),
-            _ => RowError::Stopped(error.into()),
-        }
+        let taken = error.code() == Some(&SqlState::UNIQUE_VIOLATION);
+        RowError::of(taken, error.into())
     }
 }
 
 impl From<DatastoreError> for RowError {
     fn from(error: DatastoreError) -> Self {
+        RowError::of(error.is_taken(), error)
+    }
+}
+
+impl RowError {
+    fn of(taken: bool, error: DatastoreError) -> Self {
         match error.kind {
-            DatastoreErrorKind::Conflict if error.message.contains("23505") => RowError::Taken(error.message),
+            _ if taken => RowError::Taken(error.message),
             DatastoreErrorKind::Rejected => RowError::Rejected(error.message),
             _ => RowError::Stopped(error.into()),
         }

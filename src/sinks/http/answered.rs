@@ -5,12 +5,11 @@ use tokio::time::Instant;
 
 use super::decide::{Decision, Doing, Job};
 use super::deliver::{Delivery, db};
+use super::ends::End;
 use super::expressions::{Answers, Unmapped};
 use super::outcome::Rejection;
 use super::sent;
-use crate::datastore::{
-    DatastoreErrorKind, GenericClient, Link, LinkKey, delete_link, lock_link, next_push_seq, save_lines, save_link,
-};
+use crate::datastore::{GenericClient, Link, LinkKey, delete_link, lock_link, next_push_seq, save_lines, save_link};
 use crate::mapping::{Program, Scope};
 use crate::pipeline::Fault;
 use crate::systems::{HttpResponse, RequestTemplate};
@@ -25,9 +24,22 @@ pub(super) enum Applied {
 }
 
 impl Delivery {
-    /// Writes that the request was applied. `Err`: what came back, or the next step, is of no use; the intent is
-    /// closed.
+    /// Writes that the request was applied; where that can't be written now, it is known when the link is looked at
+    /// again. `Err`: what came back, or the next step, is of no use; the intent is closed when that is parked.
     pub(super) async fn applied(
+        &self,
+        key: &LinkKey,
+        job: &Job,
+        response: Option<&HttpResponse>,
+    ) -> Result<Result<Applied, Rejection>, Fault> {
+        let written = self.write_applied(key, job, response).await;
+        if written.is_err() {
+            self.ends.know(&job.intent.id, End::Applied(Box::new((job.clone(), response.cloned()))));
+        }
+        written
+    }
+
+    async fn write_applied(
         &self,
         key: &LinkKey,
         job: &Job,
@@ -96,16 +108,25 @@ impl Delivery {
             link.owed.clone_from(&job.intent.owed);
             save_lines(&transaction, key, &self.shape.line_keys(&job.intent.document)).await?;
         }
+        if refused.is_some() {
+            link.intent = Some(job.intent.clone());
+        }
         match save_link(&transaction, &link).await {
-            Ok(()) => transaction.commit().await.map_err(db)?,
-            Err(error) if error.kind == DatastoreErrorKind::Conflict && link.external.is_some() => {
-                drop(transaction);
-                drop(client);
-                self.close_intent(key, &job.intent.id).await?;
+            Ok(()) => {
+                if let Err(error) = transaction.commit().await {
+                    // Whether it was committed or not, the next step was not sent.
+                    if let Some(next) = next {
+                        self.ends.know(&next.intent.id, End::NotApplied);
+                    }
+                    return Err(db(error));
+                }
+            }
+            Err(error) if error.is_taken() && link.external.is_some() => {
                 let id = link.external.unwrap_or_default();
-                return Ok(Err(Rejection::because(format!(
+                let rejection = Rejection::because(format!(
                     "the system answered with id {id}, which is linked to another row already"
-                ))));
+                ));
+                return Ok(Err(rejection.closing(key, &job.intent.id)));
             }
             Err(error) => return Err(error.into()),
         }
@@ -118,7 +139,7 @@ impl Delivery {
                 }
                 None => Applied::All,
             }),
-            Some(reason) => Err(Rejection::because(reason)),
+            Some(reason) => Err(Rejection::because(reason).closing(key, &job.intent.id)),
         })
     }
 
@@ -133,19 +154,39 @@ impl Delivery {
         Ok(link.filter(|link| link.intent.as_ref().is_some_and(|open| open.id == intent)))
     }
 
-    /// The request was not applied: the link is as if it had never been sent.
+    /// The request was not applied, and may be sent anew; where that can't be written now, it is known when the link is
+    /// looked at again.
+    pub(super) async fn not_applied(&self, key: &LinkKey, intent: &str) -> Result<(), Fault> {
+        let closed = self.close_intent(key, intent).await;
+        match &closed {
+            Ok(()) => self.ends.forget(intent),
+            Err(_) => self.ends.know(intent, End::NotApplied),
+        }
+        closed
+    }
+
+    /// The link is as if the request had never been sent.
     pub(super) async fn close_intent(&self, key: &LinkKey, intent: &str) -> Result<(), Fault> {
         let mut client = self.datastore.client().await?;
         let transaction = client.transaction().await.map_err(db)?;
-        if let Some(mut link) = self.lock_own(&transaction, key, intent).await? {
-            link.intent = None;
-            if link.external.is_none() && link.base_doc.is_none() && link.base_remote.is_none() {
-                delete_link(&transaction, key).await?;
-            } else {
-                save_link(&transaction, &link).await?;
-            }
-        }
+        self.close_in(&transaction, key, intent).await?;
         transaction.commit().await.map_err(db)
+    }
+
+    pub(super) async fn close_in<C: GenericClient>(
+        &self,
+        transaction: &C,
+        key: &LinkKey,
+        intent: &str,
+    ) -> Result<(), Fault> {
+        let Some(mut link) = self.lock_own(transaction, key, intent).await? else { return Ok(()) };
+        link.intent = None;
+        if link.external.is_none() && link.base_doc.is_none() && link.base_remote.is_none() {
+            delete_link(transaction, key).await?;
+        } else {
+            save_link(transaction, &link).await?;
+        }
+        Ok(())
     }
 }
 

@@ -7,7 +7,8 @@ use serde_json::{Map, Value, json};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::deliver::{Attempt, Delivery, db};
+use super::deliver::{Attempt, Delivery, MISSING_AGAIN, db};
+use super::ends::End;
 use super::expressions::{Answers, Unmapped};
 use super::outcome::{Next, Outcome, Rejection};
 use super::settings::{Initial, Update};
@@ -23,6 +24,7 @@ use crate::twoway::{Direction, Fields, MAX_RETURNS, Outgoing, Send, Turns, diffe
 const BUSY: Duration = Duration::from_millis(500);
 
 /// A request that is about to be sent, with its intent committed.
+#[derive(Clone)]
 pub(super) struct Job {
     pub(super) operation: Doing,
     pub(super) intent: Intent,
@@ -99,6 +101,21 @@ impl Delivery {
             if self.is_anothers(&transaction, link).await? {
                 return Ok(Next::Again(BUSY));
             }
+            match self.ends.of(&intent.id) {
+                Some(End::NotApplied) => {
+                    drop(transaction);
+                    drop(client);
+                    self.not_applied(&key, &intent.id).await?;
+                    return Ok(Next::Again(Duration::ZERO));
+                }
+                Some(End::Applied(end)) => {
+                    drop(transaction);
+                    drop(client);
+                    let (job, response) = *end;
+                    return self.carry_out(work, key, job, attempt, Some(response)).await;
+                }
+                None => {}
+            }
             if attempt.again.take_if(|again| *again == intent.id).is_some() {
                 let mut link = link.clone();
                 let job = match self.same_again(&transaction, &link, intent, begun).await? {
@@ -111,7 +128,7 @@ impl Delivery {
                 transaction.commit().await.map_err(db)?;
                 drop(client);
                 attempt.anew = true;
-                return self.carry_out(work, link.key, job, attempt).await;
+                return self.carry_out(work, link.key, job, attempt, None).await;
             }
             let quiet = link.quiet();
             drop(transaction);
@@ -120,9 +137,17 @@ impl Delivery {
         }
         let mut link = link.unwrap_or_else(|| Link::new(key, work.table.to_string()));
         let document = match self.shape.read(&transaction, &work.table, &work.key).await {
-            Ok(document) => document,
+            Ok(document) => {
+                self.is_missing(&work.table, true);
+                document
+            }
             Err(error) if error.kind == DatastoreErrorKind::Rejected => {
                 return Ok(Next::rejected(Rejection::of_row(error.message)));
+            }
+            // A table that is altered is there again in a moment; one that is gone must not hold up the others.
+            Err(error) if error.kind == DatastoreErrorKind::Setup && self.is_missing(&work.table, false) => {
+                let rejection = Rejection { again_in: Some(MISSING_AGAIN), ..Rejection::of_row(error.message) };
+                return Ok(Next::rejected(rejection));
             }
             Err(error) => return Err(error.into()),
         };
@@ -275,9 +300,13 @@ impl Delivery {
         self.ownership.check()?;
         link.intent = Some(job.intent.clone());
         save_link(&transaction, &link).await?;
-        transaction.commit().await.map_err(db)?;
+        if let Err(error) = transaction.commit().await {
+            // It may be there, but its request was not sent.
+            self.ends.know(&job.intent.id, End::NotApplied);
+            return Err(db(error));
+        }
         drop(client);
-        self.carry_out(work, link.key, job, attempt).await
+        self.carry_out(work, link.key, job, attempt, None).await
     }
 
     /// The request of an open intent once more, as it was: a system that knows it by its idempotency key answers as it

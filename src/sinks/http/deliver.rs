@@ -3,7 +3,8 @@
 //! The way of one key: decide under the link's lock (`decide`), send with an intent behind (`sending`), write the
 //! outcome (`answered`); what can't be delivered is set aside (`parking`).
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -14,13 +15,14 @@ use serde_json::Value;
 use tokio::time::Instant;
 
 use super::dead_letters::DeadLetters;
+use super::ends::Ends;
 use super::intake::Work;
 use super::outcome::{Next, Outcome, Rejection};
 use super::ownership::Ownership;
 use super::settings::Settings;
 use super::shape::Shape;
 use super::work::KeyWork;
-use crate::datastore::{Datastore, GenericClient, Link, LinkKey, lease_owner_alive, restored_at};
+use crate::datastore::{Datastore, GenericClient, Link, LinkKey, TableName, lease_owner_alive, restored_at};
 use crate::event::Lsn;
 use crate::mapping::Owed;
 use crate::pipeline::{ConnectorContext, Counts, Fault, FaultKind, Status};
@@ -31,6 +33,10 @@ use crate::systems::{Answer, HttpRequest};
 /// Pauses between tries of one record.
 const FIRST_PAUSE: Duration = Duration::from_millis(300);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// How long a table, or a column, that can't be read is taken for one that is being altered: deliveries wait for it.
+const ALTERED: Duration = Duration::from_secs(60);
+/// After that its records are parked, and tried again by themselves.
+pub(super) const MISSING_AGAIN: Duration = Duration::from_secs(30);
 
 pub struct Delivery {
     pub(super) settings: Arc<Settings>,
@@ -40,6 +46,9 @@ pub struct Delivery {
     pub(super) shape: Shape,
     pub(super) ownership: Ownership,
     pub(super) dead_letters: DeadLetters,
+    pub(super) ends: Ends,
+    /// Tables that can't be read, and since when.
+    missing: Mutex<HashMap<TableName, Instant>>,
     revoked: Arc<Revoked>,
     /// Where the datastore's WAL stood when it was found to be restored.
     pub(super) restored: Option<Lsn>,
@@ -137,6 +146,8 @@ impl Delivery {
             shape: Shape::resolve(&settings, &context.datastore).await?,
             ownership: Ownership::take(&context.datastore, &context.name, alone).await?,
             dead_letters: DeadLetters::new(context.log.clone(), &context.name, &topic),
+            ends: Ends::default(),
+            missing: Mutex::default(),
             revoked,
             restored: restored_at(&context.datastore.client().await?).await?,
             status: context.status.clone(),
@@ -146,6 +157,18 @@ impl Delivery {
 
     pub async fn release(&self) {
         self.ownership.release(&self.connector).await;
+    }
+
+    /// The table could be read, or not; `true`: not for so long by now that it is not altered just now.
+    pub(super) fn is_missing(&self, table: &TableName, can_be_read: bool) -> bool {
+        let mut missing = self.missing.lock().unwrap_or_else(PoisonError::into_inner);
+        match can_be_read {
+            true => {
+                missing.remove(table);
+                false
+            }
+            false => missing.entry(table.clone()).or_insert_with(Instant::now).elapsed() > ALTERED,
+        }
     }
 
     pub(super) fn sends_changes(&self) -> bool {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use crate::datastore::LinkKey;
 use crate::mapping::Wanted;
 use crate::systems::HttpRequest;
 
@@ -27,12 +28,32 @@ pub struct Rejection {
     pub waits_for: Option<Box<(String, String, Value)>>,
     /// It is for what the row is now, and nothing was applied or can be doubled: when the row changes, it is tried again.
     pub heals: bool,
+    /// It is tried again by itself after this long, and ever later.
+    pub again_in: Option<Duration>,
+    /// The intent that is open still, to be closed when the record is parked and not before: or whoever comes back to a
+    /// record that was not parked would make anew what may have been made.
+    pub closes: Option<Box<Closes>>,
+}
+
+/// An intent, and the link that it is on.
+#[derive(Debug)]
+pub struct Closes {
+    pub key: LinkKey,
+    pub intent: String,
 }
 
 impl Rejection {
     /// One that only a person can mend.
     pub fn because(reason: impl Into<String>) -> Self {
-        Rejection { reason: reason.into(), request: None, response: None, waits_for: None, heals: false }
+        Rejection {
+            reason: reason.into(),
+            request: None,
+            response: None,
+            waits_for: None,
+            heals: false,
+            again_in: None,
+            closes: None,
+        }
     }
 
     /// One that a change of the row may mend.
@@ -42,6 +63,12 @@ impl Rejection {
 
     pub fn healing(mut self, heals: bool) -> Self {
         self.heals = heals;
+        self
+    }
+
+    /// Once it is parked, this intent is over.
+    pub fn closing(mut self, key: &LinkKey, intent: &str) -> Self {
+        self.closes = Some(Box::new(Closes { key: key.clone(), intent: intent.to_owned() }));
         self
     }
 

@@ -43,6 +43,7 @@ impl Delivery {
         let queue = work.queue.as_ref().unwrap_or(&work.key);
         let rest = events.len().saturating_sub(1) as u64;
         let mut counts = Counts::default();
+        let mut closes = None;
         let why = match outcome {
             Outcome::Applied | Outcome::Skipped(_) => {
                 if work.queue.is_some() || attempt.was_owing || !attempt.owed.is_empty() {
@@ -75,7 +76,8 @@ impl Delivery {
                 }
                 return Ok(counts);
             }
-            Outcome::Rejected(rejection) => {
+            Outcome::Rejected(mut rejection) => {
+                closes = rejection.closes.take();
                 tracing::warn!(connector = self.connector, key = %work.key, reason = rejection.reason, "a record was rejected");
                 counts.rejected = 1;
                 rejected(rejection)
@@ -93,6 +95,9 @@ impl Delivery {
         }
         let mut client = self.datastore.client().await?;
         let transaction = client.transaction().await.map_err(db)?;
+        if let Some(closes) = &closes {
+            self.close_in(&transaction, &closes.key, &closes.intent).await?;
+        }
         for (index, event) in events.iter().enumerate() {
             let why = if index == 0 { &why } else { &behind() };
             park(&transaction, &self.connector, queue, &event.record, why).await?;
@@ -143,9 +148,10 @@ impl Delivery {
 }
 
 fn rejected(rejection: Rejection) -> NewParked {
-    let Rejection { reason, request, response, waits_for, heals } = rejection;
+    let Rejection { reason, request, response, waits_for, heals, again_in, closes: _ } = rejection;
     let waits_for = waits_for.map(|link| *link);
-    NewParked { request, response, waits_for, heals, ..NewParked::new(ParkedKind::Rejected, reason) }
+    let retry_s = again_in.map(|time| time.as_secs_f64());
+    NewParked { request, response, waits_for, heals, retry_s, ..NewParked::new(ParkedKind::Rejected, reason) }
 }
 
 fn behind() -> NewParked {

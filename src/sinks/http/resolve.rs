@@ -209,17 +209,17 @@ impl Delivery {
         if idempotent && !attempt.given_up {
             return Ok(same_again(&intent, attempt));
         }
-        self.close_intent(key, &intent.id).await?;
         if attempt.given_up
             && let Some(doubtful) = attempt.doubtful.take()
         {
-            return Ok(Next::rejected(doubtful));
+            return Ok(Next::rejected(doubtful.closing(key, &intent.id)));
         }
-        Ok(Next::rejected(Rejection::because(format!(
+        let rejection = Rejection::because(format!(
             "no answer came to {}, and without `match` or an idempotency key nobody knows whether it was applied; hint: \
              look in the system: drop this record if it is there, replay it if it is not",
             intent.request
-        ))))
+        ));
+        Ok(Next::rejected(rejection.closing(key, &intent.id)))
     }
 
     /// A step of a create had no answer: asks whether it is done, where the settings say how.

@@ -18,17 +18,23 @@ use crate::pipeline::Fault;
 use crate::systems::{Answer, HttpRequest, HttpResponse};
 
 impl Delivery {
-    /// Sends the job's request, and those of the steps after it; writes what came of each.
+    /// Sends the job's request, and those of the steps after it; writes what came of each. `known`: the answer to the first
+    /// has come already, and could not be written then.
     pub(super) async fn carry_out(
         &self,
         work: &KeyWork,
         key: LinkKey,
         mut job: Job,
         attempt: &mut Attempt,
+        mut known: Option<Option<HttpResponse>>,
     ) -> Result<Next, Fault> {
         // An earlier try may have gone through: that this one did not tells nothing of that one, whose intent stays.
         let mut resent = attempt.anew;
         loop {
+            if let Some(None) = known {
+                self.write_gone(&key, &job).await?;
+                return Ok(Next::Done(Outcome::Applied));
+            }
             let left = OnceLock::new();
             let ready = || {
                 left.get_or_init(Instant::now);
@@ -39,7 +45,10 @@ impl Delivery {
                 self.ownership.check().map_err(|fault| fault.message)?;
                 self.held(work).map_err(|fault| fault.message)
             };
-            let answer = self.settings.system.send_if(&job.request, &ready).await;
+            let answer = match known.take().flatten() {
+                Some(response) => Answer::Applied(response),
+                None => self.settings.system.send_if(&job.request, &ready).await,
+            };
             let took = left.get().map_or(Duration::ZERO, Instant::elapsed);
             // Where nobody knows what became of it, it is not sent again to see.
             let blind = job.operation == Doing::Create(0)
@@ -72,7 +81,7 @@ impl Delivery {
                 Answer::Rejected { response, .. }
                     if job.operation == Doing::Delete && matches!(response.status, 404 | 410) =>
                 {
-                    self.applied(&key, &job, None).await?.map_err(|rejection| Fault::retry(rejection.reason))?;
+                    self.write_gone(&key, &job).await?;
                     return Ok(Next::Done(Outcome::Applied));
                 }
                 // An earlier try without an answer may have gone through after all, later than was waited for, and be why
@@ -86,7 +95,10 @@ impl Delivery {
                     return Ok(Next::Again(Duration::ZERO));
                 }
                 Answer::Rejected { response, mut reason } => {
-                    self.close_intent(&key, &job.intent.id).await?;
+                    match resent || attempt.unanswered > 0 {
+                        true => self.close_intent(&key, &job.intent.id).await?,
+                        false => self.not_applied(&key, &job.intent.id).await?,
+                    }
                     let mut heals = !blind || !matches!(response.status, 300..400 | 500..);
                     if attempt.sent_again.as_ref() == Some(&job.intent.request) {
                         heals = false;
@@ -107,7 +119,7 @@ impl Delivery {
                         .answered(self.settings.system.shown(&response))
                         .healing(self.settings.matching.is_some());
                     if blind {
-                        self.close_intent(&key, &job.intent.id).await?;
+                        doubtful = doubtful.closing(&key, &job.intent.id);
                         doubtful.reason += "; without `match` or an idempotency key nobody knows whether it was applied; \
                                             hint: look in the system: drop this record if it is there, replay it if it \
                                             is not";
@@ -147,7 +159,7 @@ impl Delivery {
                     return Ok(next);
                 }
                 Answer::Retry { after, response, reason } => {
-                    self.close_intent(&key, &job.intent.id).await?;
+                    self.not_applied(&key, &job.intent.id).await?;
                     attempt.looked_up = false;
                     return self.again(attempt, after, response, reason, &job.request);
                 }
@@ -155,7 +167,7 @@ impl Delivery {
                     if maybe_applied || resent {
                         self.set_ended(&key, &job.intent.id, took).await;
                     } else {
-                        self.close_intent(&key, &job.intent.id).await?;
+                        self.not_applied(&key, &job.intent.id).await?;
                     }
                     return Err(Fault::unavailable(reason, after));
                 }
@@ -172,6 +184,12 @@ impl Delivery {
                 }
             }
         }
+    }
+
+    /// What was to be deleted is gone.
+    async fn write_gone(&self, key: &LinkKey, job: &Job) -> Result<(), Fault> {
+        let written = self.applied(key, job, None).await?;
+        written.map(drop).map_err(|rejection| Fault::retry(rejection.reason))
     }
 
     /// Whether a request that may or may not have been applied does no harm when it is resolved.
