@@ -18,6 +18,7 @@ mod parked;
 mod rows;
 mod settings;
 mod tls;
+mod visible;
 
 use std::time::Duration;
 
@@ -53,6 +54,7 @@ pub use rows::{
     Lines, TableName, TableNameError, normalize_rows, primary_key, query_document, read_document, read_row,
 };
 pub use settings::{DatastoreSettings, SslMode, connect};
+pub use visible::running_transactions;
 
 /// How long a caller waits for a connection of the pool, a new one included.
 const POOL_WAIT: Duration = Duration::from_secs(15);

@@ -69,6 +69,8 @@ pub struct Change {
     pub lsn: Lsn,
     /// Commit time, microseconds since 1970-01-01 UTC.
     pub commit_time_us: i64,
+    /// The transaction (`source.txId`), its low 32 bits; of a snapshot row the first one that the snapshot does not see.
+    pub xid: Option<u32>,
     /// Name of the system the transaction was tagged with.
     pub origin: Option<String>,
     /// From the headers of a changed primary key: the other key.

@@ -93,6 +93,7 @@ impl EventDecoder {
             commit_lsn: text("sequence").and_then(last_commit).unwrap_or(lsn),
             lsn,
             commit_time_us: commit_time_us.ok_or(DecodeError::Incomplete("source.ts_ms"))?,
+            xid: number("txId").map(|xid| xid as u32),
             origin: text("origin").map(str::to_owned),
             new_key: self.key_header(record, "__debezium.newkey").await?,
             old_key: self.key_header(record, "__debezium.oldkey").await?,

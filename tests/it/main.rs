@@ -47,5 +47,6 @@ mod tables;
 mod two_workers;
 mod types;
 mod values;
+mod visible;
 mod whole;
 mod worker;

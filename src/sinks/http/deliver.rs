@@ -22,8 +22,10 @@ use super::ownership::Ownership;
 use super::settings::Settings;
 use super::shape::Shape;
 use super::work::KeyWork;
-use crate::datastore::{Datastore, GenericClient, Link, LinkKey, TableName, lease_owner_alive, restored_at};
-use crate::event::Lsn;
+use crate::datastore::{
+    Datastore, GenericClient, Link, LinkKey, TableName, lease_owner_alive, restored_at, running_transactions,
+};
+use crate::event::{Lsn, Operation};
 use crate::mapping::Owed;
 use crate::pipeline::{ConnectorContext, Counts, Fault, FaultKind, Status};
 use crate::registry::EventDecoder;
@@ -33,6 +35,8 @@ use crate::systems::{Answer, HttpRequest};
 /// Pauses between tries of one record.
 const FIRST_PAUSE: Duration = Duration::from_millis(300);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// A commit that others can't see after this is told.
+const VISIBLE: Duration = Duration::from_secs(10);
 /// How long a table, or a column, that can't be read is taken for one that is being altered: deliveries wait for it.
 const ALTERED: Duration = Duration::from_secs(60);
 /// After that its records are parked, and tried again by themselves.
@@ -179,6 +183,7 @@ impl Delivery {
     /// fault no further key is begun, and those in work are finished.
     pub async fn run(&self, work: Work) -> Result<Counts, Fault> {
         let (works, mut counts) = self.sort(work).await?;
+        self.until_visible(&works).await?;
         let mut waiting = works.iter();
         let mut running = FuturesUnordered::new();
         let mut fault: Option<Fault> = None;
@@ -208,6 +213,33 @@ impl Delivery {
                 Ok(counts)
             }
         }
+    }
+
+    /// Waits until the rows can be read as the events left them.
+    async fn until_visible(&self, works: &[KeyWork]) -> Result<(), Fault> {
+        let events = works.iter().filter(|work| work.queue.is_none()).flat_map(|work| &work.events);
+        let changes = events.map(|event| &event.change).filter(|change| change.operation != Operation::Read);
+        let mut xids: Vec<u32> = changes.filter_map(|change| change.xid).collect();
+        xids.sort_unstable();
+        xids.dedup();
+        let (began, mut pause) = (Instant::now(), Duration::from_millis(1));
+        while !xids.is_empty() && !self.sends_changes() {
+            xids = running_transactions(&self.datastore.client().await?, &xids).await?;
+            let Some(xid) = xids.first() else { break };
+            if began.elapsed() > VISIBLE {
+                return Err(Fault::unavailable(
+                    format!(
+                        "transaction {xid} is in the WAL, and can't be seen yet for {} s: it waits for a synchronous \
+                         standby, most likely",
+                        VISIBLE.as_secs()
+                    ),
+                    None,
+                ));
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_millis(200));
+        }
+        Ok(())
     }
 
     async fn key(&self, work: &KeyWork) -> Result<Counts, Fault> {
