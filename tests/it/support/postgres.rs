@@ -103,7 +103,7 @@ impl Postgres {
         let port = free_port();
         let mut conf = format!(
             "listen_addresses = '127.0.0.1'\nport = {port}\nunix_socket_directories = '{}'\nwal_level = logical\n\
-             max_replication_slots = 100\nmax_wal_senders = 100\nmax_connections = 400\nshared_buffers = 64MB\n\
+             max_replication_slots = 500\nmax_wal_senders = 100\nmax_connections = 400\nshared_buffers = 64MB\n\
              max_wal_size = 1GB\nlog_line_prefix = '%m [%p] %d '\npassword_encryption = 'scram-sha-256'\n\
              timezone = 'UTC'\nlog_timezone = 'UTC'\n",
             folder.path().display()
