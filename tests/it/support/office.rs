@@ -14,7 +14,7 @@ use tokio::task::JoinHandle;
 
 use super::{Database, Postgres, Version, WorkerLog, Workshop, eventually};
 
-const SOON: Duration = Duration::from_secs(180);
+const SOON: Duration = Duration::from_secs(100);
 
 #[derive(Clone, Copy, PartialEq)]
 pub enum Mood {
